@@ -1,0 +1,52 @@
+"""What code generation hands to the build: TileLang modules and how to launch them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A global tensor of a kernel.
+
+    `shape` holds ints and the symbols "B", "T", "H", "NC" (chunks: ceil(T / chunk_size)).
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str  # "bfloat16", "float16", "float32"
+    role: str  # "argument", "initial_state", "workspace", "out", "final_state"
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One generated TileLang module: `entry()` in `text` returns the PrimFunc, whose parameters are `params` in order."""
+
+    name: str  # "kda_prepare"; also the entry's name
+    family: str  # "prepare", "scan" or "output"
+    text: str
+    params: tuple[TensorSpec, ...]
+    threads: int
+    shared_bytes: int  # as the tile IR counts it; the lowered program's figure is the exact one
+
+
+@dataclass(frozen=True)
+class OpSource:
+    """The kernels of one op, in launch order, and all that a runtime without a compiler must know."""
+
+    name: str  # op name, "kda"
+    kernels: tuple[KernelSource, ...]
+    chunk_size: int
+    dims: dict  # {"K": 128, "V": 128}
+    dtype: str
+    schedule: dict
+    target: str
+
+    def plan(self) -> dict:
+        """JSON-able launch plan: tensors once each, kernels with their parameter names."""
+        tensors = {p.name: dataclasses.asdict(p) for k in self.kernels for p in k.params}
+        kernels = [{"name": k.name, "params": [p.name for p in k.params]} for k in self.kernels]
+        return json.loads(json.dumps({"name": self.name, "chunk_size": self.chunk_size, "dims": self.dims, "dtype": self.dtype,
+                                      "schedule": self.schedule, "target": self.target, "tensors": tensors, "kernels": kernels}))

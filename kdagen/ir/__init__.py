@@ -1,0 +1,1 @@
+"""The intermediate languages: canonical form, tensor IR, tile IR."""

@@ -1,0 +1,49 @@
+"""A schedule: every choice that changes how fast a kernel runs and none that changes what it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from enum import Enum
+
+from kdagen.errors import ScheduleError
+
+
+class DecayForm(str, Enum):
+    """How exp(g_i + ...) between two tokens of a chunk is kept finite."""
+
+    NONE = "none"  # the state does not decay
+    SCALAR = "scalar"  # one rate a head: a C x C matrix of decays, after the product
+    FACTORED = "factored"  # bounded gate: rows and columns scaled about one fixed row
+    TREE = "tree"  # any gate: midpoint tree, every factor <= 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the forward kernels of one op are laid out on one target.
+
+    The canonical JSON of a schedule is its identity: it names the build, the cache entry and the manifest.
+    """
+
+    chunk_size: int = 16  # tokens a chunk; 16, 32 or 64
+    decay: DecayForm = DecayForm.TREE
+    prepare_threads: int = 64
+    v_tile: int = 64  # value channels a scan block holds
+    scan_threads: int = 128  # threads that do the products (a producer warpgroup comes on top)
+    stages: int = 2  # chunks in flight between memory and the scan
+    output: str = "fused"  # "fused": the scan writes O; "split": it stores states, and a third kernel writes O
+    prepare_skeleton: str = "prepare"
+    scan_skeleton: str = "scan_pipelined"
+    output_skeleton: str = "output"
+
+    def json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def replace(self, **choices) -> Schedule:
+        """A copy with some choices changed; unknown names are refused."""
+        names = {f.name for f in dataclasses.fields(self)}
+        if unknown := sorted(set(choices) - names):
+            raise ScheduleError(f"unknown schedule field {', '.join(unknown)}: expected some of {', '.join(sorted(names))}")
+        return dataclasses.replace(self, **choices)

@@ -1,0 +1,1 @@
+"""Kernel skeletons: loop nests, memory movement and pipelining; no mathematics."""
