@@ -1,0 +1,249 @@
+"""The one place that touches TileLang: trace a module's text, lower it, and say what a launcher must know.
+
+The rest of build/ (nvcc, the launcher, the artefact folder) sees only `Lowered`, which is plain data; the
+simulators see the traced PrimFunc. Any failure inside TileLang becomes a one-line ToolchainError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import logging
+import os
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+
+from kdagen import debug
+from kdagen.errors import KdagenError, ToolchainError
+from kdagen.target import Target
+
+# The last of the passes that give the roles of a kernel (explicit WSSchedule or automatic) their own warps.
+SPECIALISING_PASS = "tl.ProducerConsumerWarpSpecialized"
+ROLE_MARKS = ("kCustomWarpSpecialization", "kWarpSpecializationScope")  # explicit, automatic
+DIMS = ("x", "y", "z")
+_quiet_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that the caller passes, in order; `shape` entries are C expressions."""
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A TMA descriptor that the host encodes (cuTensorMapEncodeTiled's arguments); entries are C expressions."""
+
+    name: str
+    base: str  # name of the tensor
+    dtype: int  # CUtensorMapDataType
+    extents: tuple[str, ...]  # innermost first, as are the next three
+    strides: tuple[str, ...]  # bytes; the driver takes strides[1:]
+    box: tuple[str, ...]
+    element_strides: tuple[str, ...]
+    modes: tuple[int, int, int, int]  # interleave, swizzle, L2 promotion, out-of-bounds fill
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What the kernel itself takes, in order: "tensor" (a pointer), "descriptor", or "scalar" (a dynamic dimension)."""
+
+    name: str
+    kind: str
+    ctype: str  # C type of a scalar; "" otherwise
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One lowered kernel: its source and its launch. Dynamic dimensions appear by name in C expressions."""
+
+    kernel: str  # symbol in the source
+    source: str  # CUDA, or HIP
+    tensors: tuple[Tensor, ...]
+    symbols: tuple[str, ...]  # dynamic dimensions, as they first appear in `tensors`
+    parameters: tuple[Parameter, ...]
+    descriptors: tuple[Descriptor, ...]
+    grid: tuple[str, str, str]
+    threads: tuple[str, str, str]
+    shared_bytes: int  # dynamic shared memory
+    device_module: object
+    host_module: object
+
+
+def trace(text: str, entry: str, filename: str):
+    """The PrimFunc that `entry()` of the generated module `text` returns."""
+    # TileLang reads a function's source through linecache.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    with _tilelang(f"tracing {entry} in {filename}"):
+        module = {"__name__": entry, "__file__": filename}
+        exec(compile(text, filename, "exec"), module)
+        return module[entry]()
+
+
+def lower(prim_func, target: Target) -> Lowered:
+    """The kernel's source for `target` (no GPU and no compiler needed), and its launch."""
+    with _tilelang(f"lowering {_name(prim_func)} for {target.name}") as tilelang:
+        tvm_target = _tvm_target(target)
+        with tvm_target:
+            artefact = tilelang.lower(prim_func, target=tvm_target)
+        return _lowered(prim_func, artefact)
+
+
+def specialised(prim_func, target: Target):
+    """The PrimFunc with its warps' roles told apart: barriers, asynchronous copies and one branch a role.
+
+    Where the target or the program has no such roles, the program as it was: see `is_specialised`.
+    """
+    with _tilelang(f"specialising {_name(prim_func)} for {target.name}") as tilelang:
+        from tvm.ir.instrument import pass_instrument
+
+        captured = []
+
+        @pass_instrument
+        class Capture:
+            def run_after_pass(self, module, info):
+                if info.name == SPECIALISING_PASS:
+                    captured.append(module)
+                    raise StopIteration  # the remaining passes are not needed
+
+        tvm_target = _tvm_target(target)
+        # TVM turns the StopIteration into an error of its own; only a missing capture is a failure.
+        with contextlib.suppress(Exception), tilelang.tvm.transform.PassContext(instruments=[Capture()]), tvm_target:
+            tilelang.lower(prim_func, target=tvm_target)
+        if captured:
+            return next(iter(captured[0].functions.values()))
+        lower(prim_func, target)  # raises what went wrong before the pass, if anything did
+        if target.warp_specialised:
+            raise ToolchainError(f"this TileLang has no pass {SPECIALISING_PASS}: kdagen expects tilelang 0.1.15")
+        return prim_func
+
+
+def is_specialised(prim_func) -> bool:
+    """Whether the branches of a PrimFunc are warp roles, as `specialised` leaves them."""
+    from tvm.tirx.stmt_functor import post_order_visit
+
+    found = []
+    post_order_visit(prim_func.body, lambda n: found.append(n) if _is_role_mark(n) else None)
+    return bool(found)
+
+
+def _is_role_mark(node) -> bool:
+    return type(node).__name__ == "AttrStmt" and str(node.attr_key) in ROLE_MARKS
+
+
+def _name(prim_func) -> str:
+    return str(prim_func.attrs["global_symbol"])
+
+
+def _tvm_target(target: Target):
+    from tilelang.backend.target import determine_target
+
+    key = "mcpu" if target.backend == "hip" else "arch"
+    return determine_target({"kind": target.backend, key: target.arch}, return_object=True)
+
+
+def _lowered(prim_func, artefact) -> Lowered:
+    (device,) = artefact.device_mod.functions.values()
+    (host,) = artefact.host_mod.functions.values()
+    descriptors = tuple(_descriptor(list(a)) for _, a in (host.attrs.get("tma_descriptor_args") or {}).items())
+    buffers = [prim_func.buffer_map[p] for p in prim_func.params]
+    extent = {str(k): _c(v) for k, v in device.attrs["thread_extent"].items()}
+    return Lowered(
+        kernel=str(device.attrs["global_symbol"]),
+        source=artefact.kernel_source,
+        tensors=tuple(Tensor(b.data.name, str(b.dtype), tuple(map(_c, b.shape))) for b in buffers),
+        symbols=_symbols(buffers),
+        parameters=tuple(_parameter(p, {d.name for d in descriptors}) for p in device.params),
+        descriptors=descriptors,
+        grid=tuple(extent.get(f"blockIdx.{d}", "1") for d in DIMS),
+        threads=tuple(extent.get(f"threadIdx.{d}", "1") for d in DIMS),
+        shared_bytes=int(device.attrs.get("dyn_shared_memory_buf") or 0),
+        device_module=artefact.device_mod,
+        host_module=artefact.host_mod,
+    )
+
+
+def _symbols(buffers) -> tuple[str, ...]:
+    from tvm import tirx
+
+    return tuple(dict.fromkeys(d.name for b in buffers for d in b.shape if isinstance(d, tirx.Var)))
+
+
+def _parameter(var, descriptors: set[str]) -> Parameter:
+    if var.name in descriptors:
+        return Parameter(var.name, "descriptor", "")
+    if str(var.dtype) == "handle":
+        return Parameter(var.name, "tensor", "")
+    return Parameter(var.name, "scalar", f"{var.dtype}_t")
+
+
+def _descriptor(args) -> Descriptor:
+    """TileLang's order: creator, name, dtype, rank, base, then rank entries each of four kinds, then four modes."""
+    rank, rest = int(args[3]), [_c(a) for a in args[5:]]
+    per_dim = [tuple(rest[i * rank : (i + 1) * rank]) for i in range(4)]
+    return Descriptor(args[1].name, args[4].name, int(args[2]), *per_dim, tuple(map(int, rest[4 * rank :])))
+
+
+def _c(expression) -> str:
+    """A TVM expression in C."""
+    from tilelang.jit.adapter.utils import pythonic_expr
+
+    return pythonic_expr(expression, {t: f"{t}_t" for t in ("int32", "int64", "uint32", "uint64")}, floor_div_op="/")
+
+
+@contextlib.contextmanager
+def _tilelang(doing: str):
+    """TileLang imported, silenced, its failures turned into one line (KDAGEN_DEBUG keeps all of it)."""
+    try:
+        with contextlib.nullcontext() if debug.level() else _quiet():
+            import tilelang
+
+            yield tilelang
+    except KdagenError:
+        raise
+    except ImportError as error:
+        raise ToolchainError(f"{doing}: {error}: install TileLang with pip install 'kdagen[build]'") from None
+    except Exception as error:
+        if debug.level():
+            raise ToolchainError(f"{doing}: {error}") from error
+        raise ToolchainError(f"{doing}: {_last_line(error)} (KDAGEN_DEBUG=1 shows TileLang's trace)") from None
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Drops what TileLang logs, and what its C++ writes to file descriptor 2.
+
+    The descriptor is the process's, hence the lock.
+    """
+    with _quiet_lock, tempfile.TemporaryFile() as sink:
+        sys.stderr.flush()
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            with _no_log():
+                yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+@contextlib.contextmanager
+def _no_log():
+    import tilelang  # noqa: F401  gives the logger its handlers
+
+    logger = logging.getLogger("tilelang")
+    handlers, logger.handlers = logger.handlers, [logging.NullHandler()]
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
