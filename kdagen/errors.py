@@ -30,3 +30,7 @@ class ToolchainError(KdagenError):
 
 class ArtefactError(KdagenError):
     """A built or cached file is missing, corrupt, or was made by another version."""
+
+
+class SimulationError(KdagenError):
+    """A generated program cannot be executed in a simulator, or misbehaves in one."""
