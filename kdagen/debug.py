@@ -1,11 +1,32 @@
-"""The environment variables that kdagen reads, all of them."""
+"""The environment variables that kdagen reads: all of them, in one table, and nowhere else."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+VARIABLES = {
+    "KDAGEN_DEBUG": "0 to 5: how much of its inner workings kdagen shows; from 1 on, tracebacks and TileLang's own output",
+    "KDAGEN_CACHE_DIR": "where compiled kernels are kept (default: the user's cache folder)",
+    "KDAGEN_BUILD_DIR": "the folder that `kdagen build` writes and ops look in (default: ./kdagen_ops)",
+}
 
 
 def level() -> int:
-    """KDAGEN_DEBUG, 0 to 5: how much of its inner workings kdagen shows. From 1: TileLang's output and C++ traces."""
+    """KDAGEN_DEBUG as a number; anything that is not one counts as 1."""
     text = os.environ.get("KDAGEN_DEBUG", "0")
     return int(text) if text.isdigit() else 1
+
+
+def cache_dir() -> Path:
+    """KDAGEN_CACHE_DIR, or the platform's cache folder of this user."""
+    if folder := os.environ.get("KDAGEN_CACHE_DIR"):
+        return Path(folder).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("kdagen", appauthor=False))
+
+
+def build_dir() -> Path:
+    """KDAGEN_BUILD_DIR, or kdagen_ops in the working directory."""
+    return Path(os.environ.get("KDAGEN_BUILD_DIR") or "kdagen_ops").expanduser()

@@ -34,3 +34,7 @@ class ArtefactError(KdagenError):
 
 class SimulationError(KdagenError):
     """A generated program cannot be executed in a simulator, or misbehaves in one."""
+
+
+class LaunchError(KdagenError):
+    """The GPU's driver is missing, or refused to load or launch a kernel."""
