@@ -39,11 +39,17 @@ class Schedule:
 
     def json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.fields(), sort_keys=True, separators=(",", ":"))
+
+    def fields(self) -> dict:
+        """The choices by name, as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def replace(self, **choices) -> Schedule:
         """A copy with some choices changed; unknown names are refused."""
         names = {f.name for f in dataclasses.fields(self)}
         if unknown := sorted(set(choices) - names):
             raise ScheduleError(f"unknown schedule field {', '.join(unknown)}: expected some of {', '.join(sorted(names))}")
+        if "decay" in choices:
+            choices["decay"] = DecayForm(choices["decay"])
         return dataclasses.replace(self, **choices)

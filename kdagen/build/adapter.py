@@ -81,7 +81,7 @@ def trace(text: str, entry: str, filename: str):
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     with _tilelang(f"tracing {entry} in {filename}"):
         module = {"__name__": entry, "__file__": filename}
-        exec(compile(text, filename, "exec"), module)
+        exec(compile(text, filename, "exec", dont_inherit=True), module)  # annotations are values
         return module[entry]()
 
 

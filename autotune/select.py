@@ -1,0 +1,31 @@
+"""The schedule for a recurrence on a target when nothing was tuned: safe everywhere, fast where that is known."""
+
+from __future__ import annotations
+
+from kdagen.ir.canonical import Canonical
+from kdagen.lower.decay import decay_form
+from kdagen.schedule import DecayForm, Schedule
+from kdagen.target import Target
+
+
+def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> Schedule:
+    """A legal schedule from facts alone: the decay form, the width of the solve, the chip's shared memory."""
+    rows = max(1, len(canonical.solving))
+    chunk = chunk_size(canonical, dims, dtype, target)
+    v_tile = 128 if target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128 else 64
+    return Schedule(
+        chunk_size=chunk,
+        decay=decay_form(canonical, chunk, dtype)[0],
+        prepare_threads=64 if rows * chunk <= 16 else 128,
+        v_tile=v_tile,
+        scan_threads=2 * v_tile,
+        stages=2,
+        scan_skeleton="scan_specialised" if target.warp_specialised else "scan_pipelined",
+    )
+
+
+def chunk_size(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> int:
+    """16 tokens where the midpoint tree is needed or memory is tight, else 32."""
+    if decay_form(canonical, 32, dtype)[0] == DecayForm.TREE or dims["K"] > 128 or len(canonical.streams) > 1:
+        return 16
+    return 32

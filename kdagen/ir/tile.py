@@ -1,0 +1,242 @@
+"""Tile IR: what one thread block does, in tiles of named buffers.
+
+Unlike tensor IR it knows memory (global, shared, fragment), dtypes and the block's thread count; unlike
+TileLang text it has no syntax of its own for loops over chunks or for pipelining: those come from the skeleton.
+Scalar expressions and regions are text in Python's expression syntax ("k_s[i, j] * T.exp2(pre[i, j])");
+`verify` parses them.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+from kdagen.errors import KdagenError
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor in one memory; `role` says what a global one is to the op (see codegen.source.TensorSpec)."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    scope: str  # "global", "shared" or "fragment" (registers, spread over the block)
+    role: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes; only for buffers of fixed shape."""
+        size = BYTES[self.dtype]
+        for n in self.shape:
+            size *= int(n)
+        return size
+
+
+@dataclass(frozen=True)
+class Copy:
+    """dst = src, tile by tile; casts to dst's dtype."""
+
+    dst: str
+    src: str
+    eq: str = ""
+
+
+@dataclass(frozen=True)
+class Map:
+    """For every index in `loops`, in parallel: bind `lets`, then make the assignments.
+
+    With `serial` = (name, first, end) the assignments run in that order for each parallel index.
+    With `where`, only indices satisfying it are assigned.
+    """
+
+    loops: tuple[tuple[str, int], ...]
+    assign: tuple[tuple[str, str], ...]
+    lets: tuple[tuple[str, str], ...] = ()
+    serial: tuple[str, int, int] | None = None
+    where: str = ""
+    eq: str = ""
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """dst[i] = sum_j src[i, j]; both fragments."""
+
+    dst: str
+    src: str
+    eq: str = ""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """acc (+)= op(a) @ op(b), fp32 accumulation; (m, n, k) is the product's size."""
+
+    acc: str
+    a: str
+    b: str
+    size: tuple[int, int, int]
+    trans_a: bool = False
+    trans_b: bool = False
+    clear: bool = False
+    eq: str = ""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Until at most `pending` asynchronous products of this warpgroup are unfinished."""
+
+    pending: int
+    eq: str = ""
+
+
+Statement = Copy | Map | RowSum | Gemm | Wait
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel: its blocks run over `grid`; the skeleton decides how `loads`, `body` and `stores` are sequenced.
+
+    In a kernel without a chunk loop (prepare, output) they run once. In a scan, `before` and `after` stand
+    around the loop over chunks, and every iteration runs loads, body, stores.
+    """
+
+    name: str
+    family: str
+    skeleton: str
+    grid: tuple[tuple[str, str], ...]  # (index name, extent), x first
+    threads: int
+    stages: int
+    buffers: tuple[Buffer, ...]
+    loads: tuple[Statement, ...]
+    body: tuple[Statement, ...]
+    stores: tuple[Statement, ...]
+    before: tuple[Statement, ...] = ()
+    after: tuple[Statement, ...] = ()
+    doc: tuple[str, ...] = field(default=())
+    chunk_size: int = 0
+
+    @property
+    def statements(self) -> tuple[Statement, ...]:
+        return self.before + self.loads + self.body + self.stores + self.after
+
+    @property
+    def params(self) -> tuple[Buffer, ...]:
+        return tuple(b for b in self.buffers if b.scope == "global")
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory a block needs, loaded buffers once a stage."""
+        staged = {base(s.dst) for s in self.loads if isinstance(s, Copy)}
+        return sum(b.bytes * (self.stages if b.name in staged else 1) for b in self.buffers if b.scope == "shared")
+
+
+def base(region: str) -> str:
+    """The buffer that a region's text names."""
+    return region.split("[")[0]
+
+
+def texts(statement: Statement) -> Iterator[tuple[str, bool]]:
+    """Every expression in a statement, with whether it is written."""
+    match statement:
+        case Copy(dst, src) | RowSum(dst, src):
+            yield from ((src, False), (dst, True))
+        case Gemm(acc, a, b):
+            yield from ((a, False), (b, False), (acc, True))
+        case Map():
+            yield from ((value, False) for _, value in statement.lets)
+            yield from ((value, False) for _, value in statement.assign)
+            yield from ((dst, True) for dst, _ in statement.assign)
+            if statement.where:
+                yield statement.where, False
+
+
+def reads(statement: Statement) -> set[str]:
+    """Names of the buffers that a statement reads."""
+    used = {name for text, written in texts(statement) for name, _ in subscripts(text) if not written}
+    if isinstance(statement, Copy | RowSum | Gemm):
+        used |= {base(text) for text, written in texts(statement) if not written}
+    if isinstance(statement, Gemm) and not statement.clear:
+        used.add(statement.acc)
+    return used
+
+
+def writes(statement: Statement) -> set[str]:
+    """Names of the buffers that a statement writes."""
+    return {base(text) for text, written in texts(statement) if written}
+
+
+@cache
+def subscripts(text: str) -> tuple[tuple[str, int], ...]:
+    """(name, number of indices) of every subscripted name in an expression."""
+    found = []
+    for node in ast.walk(ast.parse(text, mode="eval")):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+            found.append((node.value.id, len(node.slice.elts) if isinstance(node.slice, ast.Tuple) else 1))
+    return tuple(found)
+
+
+def verify(kernel: Kernel) -> None:
+    """Raise KdagenError unless names are defined once, indices fit ranks, and products' sizes are legal."""
+    buffers = {b.name: b for b in kernel.buffers}
+    if len(buffers) != len(kernel.buffers):
+        raise KdagenError(f"{kernel.name}: a buffer is declared twice: {sorted(b.name for b in kernel.buffers)}")
+    for statement in kernel.statements:
+        _verify_names(kernel, statement, buffers)
+        if isinstance(statement, Gemm):
+            _verify_gemm(kernel, statement, buffers)
+
+
+def _verify_names(kernel: Kernel, statement: Statement, buffers: dict[str, Buffer]) -> None:
+    for name in reads(statement) | writes(statement):
+        if name not in buffers:
+            raise KdagenError(f"{kernel.name}: '{statement.eq or statement}' uses '{name}', which is no buffer of it")
+    for text, _ in texts(statement):
+        for name, rank in subscripts(text):
+            if rank != len(buffers[name].shape):
+                raise KdagenError(
+                    f"{kernel.name}: '{text}' gives {rank} indices to {name}, which has shape {buffers[name].shape}"
+                )
+
+
+def _verify_gemm(kernel: Kernel, gemm: Gemm, buffers: dict[str, Buffer]) -> None:
+    m, n, k = gemm.size
+    acc = buffers[gemm.acc]
+    if acc.scope != "fragment" or acc.dtype != "float32" or tuple(acc.shape) != (m, n):
+        raise KdagenError(f"{kernel.name}: '{gemm.eq}' needs an fp32 fragment of {(m, n)}, but {gemm.acc} is {acc}")
+    if m % 16 or n % 8 or k % 8:
+        raise KdagenError(f"{kernel.name}: '{gemm.eq}' is {m} x {n} x {k}: m must be a multiple of 16, n and k of 8")
+
+
+def flops(kernel: Kernel) -> int:
+    """FLOPs of a block's matrix products (a chunk's, in a scan)."""
+    return sum(2 * m * n * k for s in kernel.statements if isinstance(s, Gemm) for m, n, k in [s.size])
+
+
+def show(kernel: Kernel) -> str:
+    """A kernel as text, one statement a line."""
+    lines = [f"{kernel.family} {kernel.name} <{kernel.skeleton}, {kernel.threads} threads> over {kernel.grid}"]
+    lines += [f"  {b.scope} {b.name}: {b.dtype}{list(b.shape)} {b.role}".rstrip() for b in kernel.buffers]
+    for part in ("before", "loads", "body", "stores", "after"):
+        lines += [f"  {part}: {_line(s)}" for s in getattr(kernel, part)]
+    return "\n".join(lines)
+
+
+def _line(s: Statement) -> str:
+    match s:
+        case Copy():
+            text = f"{s.dst} = {s.src}"
+        case RowSum():
+            text = f"{s.dst} = rowsum({s.src})"
+        case Gemm():
+            a, b = s.a + ".T" * s.trans_a, s.b + ".T" * s.trans_b
+            text = f"{s.acc} {'=' if s.clear else '+='} {a} @ {b}"
+        case Wait():
+            text = f"wait({s.pending})"
+        case Map():
+            text = "; ".join(f"{d} = {v}" for d, v in s.lets + s.assign)
+            text += f" for {', '.join(f'{i} < {n}' for i, n in s.loops)}" + (f" where {s.where}" if s.where else "")
+    return text + (f"    # {s.eq}" if s.eq else "")

@@ -1,0 +1,75 @@
+"""Sympy expressions as text in TileLang's expression syntax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+from sympy.printing.str import StrPrinter
+
+from kdagen.errors import RecurrenceError
+
+# What each function of a recurrence is on the GPU. Arguments are fp32; forms do not overflow.
+FUNCTIONS = {
+    "exp": "T.exp({0})",
+    "log": "T.log({0})",
+    "tanh": "T.tanh({0})",
+    "Abs": "T.abs({0})",
+    "sigmoid": "(1.0 / (1.0 + T.exp(-({0}))))",
+    "softplus": "(T.max({0}, 0.0) + T.log(1.0 + T.exp(-T.abs({0}))))",
+    "Max": "T.max({0}, {1})",
+    "Min": "T.min({0}, {1})",
+}
+
+
+class TilePrinter(StrPrinter):
+    """Prints with `accesses` standing for symbols; every number is a float."""
+
+    def __init__(self, accesses: Mapping[sympy.Symbol, str]):
+        super().__init__()
+        self.accesses = accesses
+
+    def _print_Symbol(self, expr):
+        return self.accesses[expr]
+
+    def _print_Function(self, expr):
+        name = expr.func.__name__
+        if name not in FUNCTIONS:
+            raise RecurrenceError(f"'{expr}' has no GPU form: expected functions among {', '.join(FUNCTIONS)}")
+        return FUNCTIONS[name].format(*(self._print(a) for a in expr.args))
+
+    _print_Abs = _print_Function
+
+    def _print_minmax(self, expr):
+        first, *rest = (self._print(a) for a in expr.args)
+        for other in rest:
+            first = FUNCTIONS[expr.func.__name__].format(first, other)
+        return first
+
+    _print_Max = _print_Min = _print_minmax
+
+    def _print_Exp1(self, expr):
+        return repr(float(expr))
+
+    def _print_Pow(self, expr, rational=False):
+        if expr.exp == sympy.Rational(-1, 2):
+            return f"T.rsqrt({self._print(expr.base)})"
+        if expr.exp == sympy.Rational(1, 2):
+            return f"T.sqrt({self._print(expr.base)})"
+        if expr.exp.is_Integer and 1 < expr.exp <= 4:
+            return "(" + " * ".join([f"({self._print(expr.base)})"] * int(expr.exp)) + ")"
+        if expr.exp == -1:
+            return f"(1.0 / ({self._print(expr.base)}))"
+        return f"T.pow({self._print(expr.base)}, {self._print(expr.exp)})"
+
+    def _print_number(self, expr):
+        return repr(float(expr))
+
+    _print_Integer = _print_Rational = _print_Float = _print_NumberSymbol = _print_number
+    _print_Pi = _print_number
+    _print_Zero = _print_One = _print_NegativeOne = _print_Half = _print_number
+
+
+def tile_text(expr: sympy.Expr, accesses: Mapping[sympy.Symbol, str]) -> str:
+    """`expr` as one line of TileLang, `accesses` giving the text that reads each symbol."""
+    return TilePrinter(accesses).doprint(expr)

@@ -1,0 +1,66 @@
+"""The way from a recurrence to the sources of its kernels, a line a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdagen.codegen.source import OpSource
+from kdagen.ir.canonical import Canonical
+from kdagen.schedule import Schedule
+from kdagen.target import target as find_target
+
+DTYPES = ("bfloat16", "float16")
+
+
+def compile_op(
+    recurrence,
+    head_dim: int | tuple[int, int] = (128, 128),
+    dtype: str = "bfloat16",
+    arch: str = "sm90",
+    schedule: Schedule | dict | None = None,
+    gate_dtype: str | None = None,
+    template_folders: Sequence[str | Path] = (),
+) -> OpSource:
+    """Derive a recurrence's forward kernels and generate their TileLang modules.
+
+    Args:
+        recurrence: what `@kg.recurrence` returns.
+        head_dim: (K, V), each 64, 128 or 256; one number stands for both.
+        dtype: of keys, values, operands and output: "bfloat16" or "float16"; sums and states are fp32.
+        arch: a name from `kdagen.target.TARGETS`.
+        schedule: a whole schedule, or the fields in which it differs from the default.
+        gate_dtype: of gates and scalars a token, `dtype` unless given.
+        template_folders: folders of skeletons that come before kdagen's own.
+
+    Raises:
+        RecurrenceError: the recurrence is outside the family.
+        ScheduleError, TargetError: the choices do not fit.
+    """
+    from kdagen.autotune.select import default_schedule
+    from kdagen.codegen.tilelang import render
+    from kdagen.derive.canonical import canonical as derive_canonical
+    from kdagen.derive.chunk import chunk_form
+    from kdagen.lower import lower
+
+    target = find_target(arch)
+    dims = dict(zip("KV", (head_dim, head_dim) if isinstance(head_dim, int) else head_dim))
+    canonical = derive_canonical(recurrence)
+    program = chunk_form(canonical)
+    if not isinstance(schedule, Schedule):
+        schedule = default_schedule(canonical, dims, dtype, target).replace(**(schedule or {}))
+    dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
+    kernels = lower(program, dims, dtypes, dtype, schedule)
+    sources = tuple(render(kernel, template_folders) for kernel in kernels)
+    return OpSource(canonical.name, sources, schedule.chunk_size, dims, dtype, schedule.fields(), target.name)
+
+
+def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[str, str]:
+    """Parameters of the head in fp32; keys and values in `dtype`; what only gates and scales in `gate_dtype`."""
+    vectors = {s.name for stream in canonical.streams for e in (stream.x, stream.reader.y, stream.reader.z) for s in e.free_symbols}
+    vectors |= {s.name for e in (canonical.output.z, canonical.output.y) for s in e.free_symbols}
+    gates = {s.name for s in canonical.decay.free_symbols} - vectors
+    return {
+        a.name: "float32" if not a.per_token else gate_dtype if not a.axis or a.name in gates else dtype
+        for a in canonical.arguments
+    }
