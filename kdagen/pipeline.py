@@ -57,7 +57,12 @@ def compile_op(
 
 def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[str, str]:
     """Parameters of the head in fp32; keys and values in `dtype`; what only gates and scales in `gate_dtype`."""
-    vectors = {s.name for stream in canonical.streams for e in (stream.x, stream.reader.y, stream.reader.z) for s in e.free_symbols}
+    vectors = {
+        s.name
+        for stream in canonical.streams
+        for e in (stream.x, stream.reader.y, stream.reader.z)
+        for s in e.free_symbols
+    }
     vectors |= {s.name for e in (canonical.output.z, canonical.output.y) for s in e.free_symbols}
     gates = {s.name for s in canonical.decay.free_symbols} - vectors
     return {

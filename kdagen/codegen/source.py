@@ -48,5 +48,17 @@ class OpSource:
         """JSON-able launch plan: tensors once each, kernels with their parameter names."""
         tensors = {p.name: dataclasses.asdict(p) for k in self.kernels for p in k.params}
         kernels = [{"name": k.name, "params": [p.name for p in k.params]} for k in self.kernels]
-        return json.loads(json.dumps({"name": self.name, "chunk_size": self.chunk_size, "dims": self.dims, "dtype": self.dtype,
-                                      "schedule": self.schedule, "target": self.target, "tensors": tensors, "kernels": kernels}))
+        return json.loads(
+            json.dumps(
+                {
+                    "name": self.name,
+                    "chunk_size": self.chunk_size,
+                    "dims": self.dims,
+                    "dtype": self.dtype,
+                    "schedule": self.schedule,
+                    "target": self.target,
+                    "tensors": tensors,
+                    "kernels": kernels,
+                }
+            )
+        )

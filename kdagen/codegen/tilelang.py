@@ -82,7 +82,15 @@ def _emit(s: Statement, kernel: Kernel, note: str, name: str, asynchronous: bool
         case RowSum():
             yield _call("T.reduce_sum", s.src, s.dst, "dim=1", note)
         case Gemm():
-            flags = [f for f, on in (("transpose_A=True", s.trans_a), ("transpose_B=True", s.trans_b), ("clear_accum=True", s.clear)) if on]
+            flags = [
+                f
+                for f, on in (
+                    ("transpose_A=True", s.trans_a),
+                    ("transpose_B=True", s.trans_b),
+                    ("clear_accum=True", s.clear),
+                )
+                if on
+            ]
             op = "T.wgmma_gemm" if asynchronous else "T.gemm"
             yield _call(op, s.a, s.b, s.acc, *flags, f"policy=T.GemmWarpPolicy.{_policy(s, kernel)}", note)
         case Wait():

@@ -13,7 +13,9 @@ from kdagen.schedule import Schedule
 HEAD_DIMS = (64, 128, 256)
 
 
-def lower(program: Program, dims: dict[str, int], dtypes: dict[str, str], dtype: str, schedule: Schedule) -> tuple[Kernel, ...]:
+def lower(
+    program: Program, dims: dict[str, int], dtypes: dict[str, str], dtype: str, schedule: Schedule
+) -> tuple[Kernel, ...]:
     """The forward kernels in launch order: prepare, scan and, when the schedule splits them, output.
 
     `dims` gives K and V, `dtypes` each argument's dtype, `dtype` that of operands, workspaces and the output.

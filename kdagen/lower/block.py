@@ -42,3 +42,8 @@ class Block:
 def element(name: str) -> Access:
     """Access to a buffer's elements by all its indices."""
     return lambda *index: f"{name}[{', '.join(index)}]"
+
+
+def shifted(offset: int, index: str) -> str:
+    """The text of offset + index."""
+    return f"{offset} + {index}" if offset else index

@@ -33,7 +33,11 @@ def decay_form(canonical: Canonical, chunk_size: int, dtype: str = "bfloat16") -
             f"the gate is bounded by {lower:g} a token: about an anchor row in the middle of the chunk, factors stay below "
             f"2^{EXPONENT_RANGE[dtype]} for up to {rows} rows, so one product covers {chunk_size}"
         )
-    why = "the gate has no lower bound" if lower == -math.inf else f"the bound of {lower:g} a token allows {rows} rows only"
+    why = (
+        "the gate has no lower bound"
+        if lower == -math.inf
+        else f"the bound of {lower:g} a token allows {rows} rows only"
+    )
     return DecayForm.TREE, (
         f"{why}: midpoint tree, where each level scales rows by exp(sum after its reference) and columns by "
         "exp(sum up to it), both <= 1 for any gate"

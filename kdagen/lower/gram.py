@@ -3,7 +3,8 @@
 Each leaves in shared memory `gram`[(r, i), (s, j)] = sum_k reader_r[i, k] writer_s[j, k] exp(decay from j to i),
 to be read only where j precedes i (or equals it): elsewhere it may hold anything, infinities included.
 Decays are in log2 and are sums over the tokens between, never differences of sums: a gate of -inf is an exact reset.
-The running sums left behind (`through`, `before`, `rest`) serve the decayed operands afterwards.
+The running sums left behind (`through`, in place of a vector gate; `before`, where asked for; `rest`) serve the
+decayed operands afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdagen.ir.tile import Copy, Gemm, Map
-from kdagen.lower.block import Access, Block, element
+from kdagen.lower.block import Access, Block, element, shifted
 from kdagen.schedule import DecayForm
 
 
@@ -23,7 +24,8 @@ class GramOperands:
     writers: tuple[Access, ...]
     after: tuple[bool, ...]
     diagonal: bool  # whether some reader keeps j = i
-    g: str  # shared buffer of log2 decays, [C, K] or [C]; "" without decay
+    before: bool  # whether sums without a token's own decay are needed
+    g: str  # shared buffer of log2 decays, [C, K] (called through_s) or [C]; "" without decay
     chunk: int
     channels: int
     dtype: str
@@ -51,9 +53,12 @@ def _fill(o: GramOperands, row_factor: dict[bool, str], col_factor: str, eq: str
     """Scaled operands; `row_factor` by whether the reader sees its own token's decay."""
     lets = [(f"e_{'after' if a else 'before'}", f) for a, f in row_factor.items() if f and a in o.after]
     names = {a: f" * e_{'after' if a else 'before'}" if row_factor[a] else "" for a in row_factor}
-    assign = [(f"rows_s[{r * o.chunk} + i, j]", f"{x('i', 'j')}{names[a]}") for r, (x, a) in enumerate(zip(o.readers, o.after))]
+    assign = [
+        (f"rows_s[{shifted(r * o.chunk, 'i')}, j]", f"{x('i', 'j')}{names[a]}")
+        for r, (x, a) in enumerate(zip(o.readers, o.after))
+    ]
     scale = f" * {col_factor}" if col_factor else ""
-    assign += [(f"cols_s[{s * o.chunk} + i, j]", f"{x('i', 'j')}{scale}") for s, x in enumerate(o.writers)]
+    assign += [(f"cols_s[{shifted(s * o.chunk, 'i')}, j]", f"{x('i', 'j')}{scale}") for s, x in enumerate(o.writers)]
     return Map((("i", o.chunk), ("j", o.channels)), tuple(assign), tuple(lets), eq=eq)
 
 
@@ -76,18 +81,23 @@ def _plain(block: Block, o: GramOperands) -> None:
 
 def _running_sums(block: Block, o: GramOperands) -> None:
     """through_i = g_0 + .. + g_i, before_i = through_{i-1}, rest_j = g_{j+1} + .. + g_{C-1}, by a serial sum a channel."""
-    c, g = o.chunk, o.g
-    for name in ("through", "before", "rest"):
-        block.shared(name, c, o.channels)
+    c = o.chunk
+    _sums(block, o)
+    first = [("before_s[0, j]", "0.0")] if o.before else []
+    later = [("before_s[i, j]", "through_s[i - 1, j]")] if o.before else []
     channels = (("j", o.channels),)
     block.add(
-        Map(channels, (("through_s[0, j]", f"{g}[0, j]"), ("before_s[0, j]", "0.0"), (f"rest_s[{c - 1}, j]", "0.0")),
-            eq="running sums of log decay"),
-        Map(channels, (("before_s[i, j]", "through_s[i - 1, j]"),
-                       ("through_s[i, j]", f"through_s[i - 1, j] + {g}[i, j]"),
-                       (f"rest_s[{c - 1} - i, j]", f"rest_s[{c} - i, j] + {g}[{c} - i, j]")),
-            serial=("i", 1, c)),
+        Map(channels, ((f"rest_s[{c - 1}, j]", "0.0"), *first), eq="running sums of log decay"),
+        Map(
+            channels, ((f"rest_s[{c - 1} - i, j]", f"rest_s[{c} - i, j] + through_s[{c} - i, j]"),), serial=("i", 1, c)
+        ),
+        Map(channels, (*later, ("through_s[i, j]", "through_s[i - 1, j] + through_s[i, j]")), serial=("i", 1, c)),
     )
+
+
+def _sums(block: Block, o: GramOperands) -> list[str]:
+    """Declare the running sums beside `through`; returns their buffers."""
+    return [block.shared(name, o.chunk, o.channels) for name in (("before", "rest") if o.before else ("rest",))]
 
 
 def _scalar(block: Block, o: GramOperands) -> None:
@@ -97,17 +107,26 @@ def _scalar(block: Block, o: GramOperands) -> None:
     for name in ("through", "before", "rest"):
         block.shared(name, c)
     block.add(
-        Map((("j", c),), ((f"{span}[i, j]", f"T.if_then_else(i > j, {span}[T.max(i - 1, 0), j] + {g}[i], 0.0)"),),
-            serial=("i", 0, c), eq="span_ij = sum of g over tokens j+1..i"),
-        Map((("i", c),), (("through_s[i]", f"{span}[i, 0] + {g}[0]"),
-                          ("before_s[i]", f"T.if_then_else(i > 0, {span}[T.max(i - 1, 0), 0] + {g}[0], 0.0)"),
-                          ("rest_s[i]", f"{span}[{c - 1}, i]"))),
+        Map(
+            (("j", c),),
+            ((f"{span}[i, j]", f"T.if_then_else(i > j, {span}[T.max(i - 1, 0), j] + {g}[i], 0.0)"),),
+            serial=("i", 0, c),
+            eq="span_ij = sum of g over tokens j+1..i",
+        ),
+        Map(
+            (("i", c),),
+            (
+                ("through_s[i]", f"{span}[i, 0] + {g}[0]"),
+                ("before_s[i]", f"T.if_then_else(i > 0, {span}[T.max(i - 1, 0), 0] + {g}[0], 0.0)"),
+                ("rest_s[i]", f"{span}[{c - 1}, i]"),
+            ),
+        ),
     )
     assign = []
     for r, after in enumerate(o.after):
         exponent = f"{span}[i, j]" if after else f"{span}[T.max(i - 1, 0), j]"
         factor = f"T.if_then_else(i > j, T.exp2({exponent}), 1.0)"
-        entries = [f"gram_s[{r * c} + i, {s * c} + j]" for s in range(len(o.writers))]
+        entries = [f"gram_s[{shifted(r * c, 'i')}, {shifted(s * c, 'j')}]" for s in range(len(o.writers))]
         assign += [(entry, f"{entry} * {factor}") for entry in entries]
     block.add(Map((("i", c), ("j", c)), tuple(assign), eq="one rate a head: decays multiply the finished product"))
 
@@ -118,7 +137,9 @@ def _factored(block: Block, o: GramOperands) -> None:
     anchor = f"through_s[{o.chunk // 2}, j]"
     row = {True: f"T.exp2(through_s[i, j] - {anchor})", False: f"T.exp2(before_s[i, j] - {anchor})"}
     block.add(
-        _fill(o, row, f"T.exp2({anchor} - through_s[i, j])", f"bounded gate: rows and columns about row {o.chunk // 2}"),
+        _fill(
+            o, row, f"T.exp2({anchor} - through_s[i, j])", f"bounded gate: rows and columns about row {o.chunk // 2}"
+        ),
         _product(block, o, acc, "G_ij = sum_k (z_ik e^(gc_i - a)) (x_jk e^(a - gc_j))"),
     )
     _keep(block, o, acc)
@@ -130,11 +151,8 @@ def _tree(block: Block, o: GramOperands) -> None:
     height, width = block.buffers[acc].shape
     level = block.fragment("level", height, width)
     tile = (("i", o.chunk), ("j", o.channels))
-    for name in ("through", "before", "rest"):
-        block.shared(name, o.chunk, o.channels)
     block.add(
-        Map(tile, (("through_s[i, j]", f"{o.g}[i, j]"), ("before_s[i, j]", "0.0"), ("rest_s[i, j]", "0.0")),
-            eq="sums of log decay within blocks of 1 token"),
+        Map(tile, tuple((f"{name}[i, j]", "0.0") for name in _sums(block, o)), eq="sums within blocks of 1 token")
     )
     _diagonal(block, o, acc)
     half = 1
@@ -172,10 +190,20 @@ def _join(block: Block, o: GramOperands, acc: str, level: str, half: int) -> Non
     second, start = f"i % {pair} >= {half}", f"(i // {pair}) * {pair}"
     first_sum, second_sum = f"through_s[{start} + {half - 1}, j]", f"through_s[{start} + {pair - 1}, j]"
     block.add(
-        Map(tile, (("rest_s[i, j]", f"rest_s[i, j] + T.if_then_else({second}, 0.0, {second_sum})"),),
-            eq=f"sums within blocks of {pair} tokens"),
-        Map(tile, (("before_s[i, j]", f"before_s[i, j] + {first_sum}"), ("through_s[i, j]", f"through_s[i, j] + {first_sum}")),
-            where=second),
+        Map(
+            tile,
+            (("rest_s[i, j]", f"rest_s[i, j] + T.if_then_else({second}, 0.0, {second_sum})"),),
+            eq=f"sums within blocks of {pair} tokens",
+        ),
+        Map(
+            tile,
+            tuple(
+                (f"{name}_s[i, j]", f"{name}_s[i, j] + {first_sum}")
+                for name in ("before", "through")
+                if o.before or name == "through"
+            ),
+            where=second,
+        ),
     )
 
 

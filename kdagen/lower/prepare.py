@@ -12,10 +12,24 @@ import sympy
 
 from kdagen.errors import ScheduleError
 from kdagen.ir.canonical import Canonical
-from kdagen.ir.tensor import Decay, Gram, Interleave, Load, MatMul, Map as TensorMap, Program, RowSum, SolveTril, Span, Value
+from kdagen.ir.tensor import (
+    Decay,
+    Gram,
+    Interleave,
+    Load,
+    MatMul,
+    Program,
+    RowSum,
+    SolveTril,
+    Span,
+    Value,
+)
+from kdagen.ir.tensor import (
+    Map as TensorMap,
+)
 from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map, reads, writes
 from kdagen.ir.tile import RowSum as TileRowSum
-from kdagen.lower.block import Access, Block, element
+from kdagen.lower.block import Access, Block, element, shifted
 from kdagen.lower.expression import tile_text
 from kdagen.lower.gram import GramOperands, decayed, lower_gram
 from kdagen.lower.solve import solve_tril
@@ -70,7 +84,9 @@ class Prepare:
         self.dims_of: dict[str, tuple[str, ...]] = {}
         self.row_factor: dict[str, tuple[tuple[Value, tuple[str, ...]], ...]] = {}
         grams = [op for op in program.prepare if isinstance(op, Gram)]
-        self.gates = {op.g.name for op in grams if op.g} | {op.g.name for op in program.prepare if isinstance(op, Decay)}
+        self.gates = {op.g.name for op in grams if op.g} | {
+            op.g.name for op in program.prepare if isinstance(op, Decay)
+        }
 
     def lower(self, op) -> None:
         """Append one op's statements and record how its result is read."""
@@ -126,7 +142,8 @@ class Prepare:
 
         kept = op.out.dims == ("C",) or op.out.name in self.gates or (op.out.dims == ("C", "K") and not cheap(expr))
         if kept:
-            self.keep(op.out, access, op.eq)
+            through = op.out.name in self.gates and op.out.dims == ("C", "K")
+            self.keep(op.out, access, op.eq, name="through" if through else "")
         else:
             self.define(op.out, access)
 
@@ -142,7 +159,11 @@ class Prepare:
     def hoist(self, op: TensorMap) -> sympy.Expr:
         """Move factors that depend on the row alone and are not cheap into a vector of their own."""
         vectors = {v.symbol: v for v, ix in op.operands if ix == op.indices[:1] or not ix}
-        factors = [f for f in sympy.Mul.make_args(op.expr) if not cheap(f) and f.free_symbols <= set(vectors) and f.free_symbols]
+        factors = [
+            f
+            for f in sympy.Mul.make_args(op.expr)
+            if not cheap(f) and f.free_symbols <= set(vectors) and f.free_symbols
+        ]
         rows = [f for f in factors if any(self.dims_of[vectors[s].name] == ("C",) for s in f.free_symbols)]
         if not rows:
             return op.expr
@@ -179,18 +200,30 @@ class Prepare:
         scalar = op.g is not None and self.dims_of[op.g.name] == ("C",)
         legal = {DecayForm.NONE} if not op.g else {DecayForm.SCALAR} if scalar else {DecayForm.TREE, DecayForm.FACTORED}
         if form not in legal:
-            raise ScheduleError(f"decay form '{form.value}' does not fit: expected {' or '.join(sorted(f.value for f in legal))}")
+            raise ScheduleError(
+                f"decay form '{form.value}' does not fit: expected {' or '.join(sorted(f.value for f in legal))}"
+            )
         lower_gram(self.block, form, GramOperands(
             tuple(self.access[v.name] for v in op.readers), tuple(self.access[v.name] for v in op.writers), op.after,
-            any(map(any, op.diagonal)), f"{op.g.name}_s" if op.g else "", self.chunk, self.dims["K"], self.dtype))  # fmt: skip
+            any(map(any, op.diagonal)), self.before(op), self.gate(op.g), self.chunk, self.dims["K"], self.dtype))  # fmt: skip
         for r, row in enumerate(op.outs):
             for s, out in enumerate(row):
                 self.define(out, self.masked(r, s, op.diagonal[r][s]))
 
+    def before(self, gram: Gram) -> bool:
+        """Whether anything reads the state ahead of its token's decay."""
+        return not all(gram.after) or any(
+            isinstance(op, Decay) and op.span == Span.BEFORE for op in self.program.prepare
+        )
+
+    def gate(self, g: Value | None) -> str:
+        """The buffer of log2 decays; a vector gate's holds running sums afterwards."""
+        return "" if g is None else "through_s" if self.dims_of[g.name] == ("C", "K") else f"{g.name}_s"
+
     def masked(self, r: int, s: int, diagonal: bool) -> Access:
         """Entry of one secondary matrix: selected, never multiplied by zero, for the rest may be infinite."""
         c, order = self.chunk, "<=" if diagonal else "<"
-        return lambda i, j: f"T.if_then_else({j} {order} {i}, gram_s[{r * c} + {i}, {s * c} + {j}], 0.0)"
+        return lambda i, j: f"T.if_then_else({j} {order} {i}, gram_s[{shifted(r * c, i)}, {shifted(s * c, j)}], 0.0)"
 
     def interleave(self, op: Interleave) -> None:
         """Row (i, s) of the result is row i of part s; a table interleaves columns as well."""
@@ -222,7 +255,9 @@ class Prepare:
         acc = self.block.fragment(f"{op.out.name}_acc", m, n)
         for step, (a, b, transpose) in enumerate(op.terms):
             k = self.workspace.size(a.dims[0 if transpose else 1])
-            self.block.add(Gemm(acc, self.stored(a), self.stored(b), (m, n, k), trans_a=transpose, clear=step == 0, eq=op.eq))
+            self.block.add(
+                Gemm(acc, self.stored(a), self.stored(b), (m, n, k), trans_a=transpose, clear=step == 0, eq=op.eq)
+            )
         result = self.block.shared(op.out.name, m, n)
         self.block.add(Copy(result, acc))
         self.define(op.out, element(result))
@@ -241,7 +276,13 @@ class Prepare:
             for part in parts:
                 if not part.is_argument:
                     loops = (("i", self.chunk), ("j", self.dims["V"]))
-                    self.block.add(Map(loops, ((f"{part.name}[b, h, n, i, j]", self.access[part.value.name]("i", "j")),), eq=part.value.name))
+                    self.block.add(
+                        Map(
+                            loops,
+                            ((f"{part.name}[b, h, n, i, j]", self.access[part.value.name]("i", "j")),),
+                            eq=part.value.name,
+                        )
+                    )
 
     def pack(self, name: str, place: Packed) -> None:
         rows, cols = (streams(d) if d[-1] == "C" else 1 for d in self.dims_of[name])
@@ -251,7 +292,7 @@ class Prepare:
             for t in range(cols):
                 col = f"j * {cols} + {t}" if cols > 1 else "j"
                 width = place.cols // cols
-                at = f"{place.buffer}[b, h, n, {place.row + s * c} + i, {t * width} + j]"
+                at = f"{place.buffer}[b, h, n, {shifted(place.row + s * c, 'i')}, {shifted(t * width, 'j')}]"
                 self.block.add(Map((("i", c), ("j", width)), ((at, read(row, col)),), eq=name))
 
 

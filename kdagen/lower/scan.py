@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdagen.errors import KdagenError
-from kdagen.ir.tensor import MatMul, Map as TensorMap, Program, Value
+from kdagen.ir.tensor import Map as TensorMap
+from kdagen.ir.tensor import MatMul, Program, Value
 from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map, Statement, base, reads
 from kdagen.lower.asynchronous import insert_waits
 from kdagen.lower.block import Block
@@ -19,6 +20,7 @@ from kdagen.lower.workspace import Packed, Workspace, operands
 from kdagen.schedule import Schedule
 
 SPECIALISED = "scan_specialised"  # skeletons of this name have asynchronous products
+
 
 @dataclass(frozen=True)
 class Term:
@@ -34,7 +36,9 @@ class Term:
 class Step:
     """Lowers the V-wide ops of one chunk: products ordered so that none waits for another that it does not need."""
 
-    def __init__(self, program: Program, workspace: Workspace, schedule: Schedule, ops: tuple, skip_names: tuple[str, ...] = ()):
+    def __init__(
+        self, program: Program, workspace: Workspace, schedule: Schedule, ops: tuple, skip_names: tuple[str, ...] = ()
+    ):
         self.program, self.workspace, self.schedule = program, workspace, schedule
         self.tile, self.dims, self.chunk = schedule.v_tile, workspace.dims, schedule.chunk_size
         self.block = Block()
@@ -87,7 +91,16 @@ class Step:
         right = self.right(place)
         n, k = (place.cols, place.rows) if term.transpose else (place.rows, place.cols)
         self.block.add(
-            Gemm(acc, left, right, (self.tile, n, k), trans_a=transposed, trans_b=not term.transpose, clear=clear, eq=term.op.eq)
+            Gemm(
+                acc,
+                left,
+                right,
+                (self.tile, n, k),
+                trans_a=transposed,
+                trans_b=not term.transpose,
+                clear=clear,
+                eq=term.op.eq,
+            )
         )
 
     def left(self, value: Value) -> tuple[str, bool]:
@@ -263,7 +276,9 @@ def _grid(workspace: Workspace, tile: int) -> tuple[tuple[str, str], ...]:
     return (("tile", str(workspace.dims["V"] // tile)), ("h", "H"), ("b", "B"))
 
 
-def _buffers(step: Step, arguments: dict[str, Buffer], copies: list[Statement], states: tuple[str, ...]) -> tuple[Buffer, ...]:
+def _buffers(
+    step: Step, arguments: dict[str, Buffer], copies: list[Statement], states: tuple[str, ...]
+) -> tuple[Buffer, ...]:
     """Globals in use, in the order arguments, states, workspaces, output; then the block's own."""
     w = step.workspace
     known = {b.name: b for b in arguments.values()}

@@ -43,8 +43,11 @@ def _merge(block: Block, matrix: str, n: int, half: int) -> None:
     between = f"T.And(i // {pair} == j // {pair}, T.And(i % {pair} >= {half}, j % {pair} < {half}))"
     block.add(
         Copy("inverse_s", "x_f"),
-        Map((("i", n), ("j", n)), (("power_s[i, j]", f"T.if_then_else({between}, {matrix}[i, j], 0.0)"),),
-            eq=f"M: L between pairs of {half}-row blocks"),
+        Map(
+            (("i", n), ("j", n)),
+            (("power_s[i, j]", f"T.if_then_else({between}, {matrix}[i, j], 0.0)"),),
+            eq=f"M: L between pairs of {half}-row blocks",
+        ),
         Gemm("p_f", "inverse_s", "power_s", (n, n, n), clear=True, eq="B M"),
         Copy("power_s", "p_f"),
         Gemm("x_f", "power_s", "inverse_s", (n, n, n), eq="X += B M A"),

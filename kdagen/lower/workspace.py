@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdagen.ir.tensor import Interleave, Load, MatMul, Map, Program, Value
+from kdagen.ir.tensor import Interleave, Load, Map, MatMul, Program, Value
 from kdagen.ir.tile import Buffer
 
 
