@@ -52,7 +52,8 @@ def compile_op(
     dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
     kernels = lower(program, dims, dtypes, dtype, schedule)
     sources = tuple(render(kernel, template_folders) for kernel in kernels)
-    return OpSource(canonical.name, sources, schedule.chunk_size, dims, dtype, schedule.fields(), target.name)
+    arguments = tuple(a.name for a in canonical.arguments)
+    return OpSource(canonical.name, sources, schedule.chunk_size, dims, dtype, schedule.fields(), target.name, arguments)
 
 
 def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[str, str]:

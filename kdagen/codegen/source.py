@@ -43,10 +43,12 @@ class OpSource:
     dtype: str
     schedule: dict
     target: str
+    arguments: tuple[str, ...] = ()  # names in the order in which the op takes them; those of `kernels` if empty
 
     def plan(self) -> dict:
         """JSON-able launch plan: tensors once each, kernels with their parameter names."""
         tensors = {p.name: dataclasses.asdict(p) for k in self.kernels for p in k.params}
+        arguments = self.arguments or [t["name"] for t in tensors.values() if t["role"] == "argument"]
         kernels = [{"name": k.name, "params": [p.name for p in k.params]} for k in self.kernels]
         return json.loads(
             json.dumps(
@@ -57,6 +59,7 @@ class OpSource:
                     "dtype": self.dtype,
                     "schedule": self.schedule,
                     "target": self.target,
+                    "arguments": arguments,
                     "tensors": tensors,
                     "kernels": kernels,
                 }
