@@ -1,0 +1,1 @@
+"""What the body of a recurrence is written in: nodes, the functions on them, annotations of arguments."""
