@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 VARIABLES = {
-    "KDAGEN_DEBUG": "0 to 5: how much of its inner workings kdagen shows; from 1 on, tracebacks and TileLang's own output",
+    "KDAGEN_DEBUG": "0 to 5: how much kdagen shows of its inner workings; from 1, tracebacks and TileLang's output",
     "KDAGEN_CACHE_DIR": "where compiled kernels are kept (default: the user's cache folder)",
     "KDAGEN_BUILD_DIR": "the folder that `kdagen build` writes and ops look in (default: ./kdagen_ops)",
 }

@@ -17,7 +17,9 @@ PREPARE = (
 def toy_prepare():
     @T.prim_func
     def toy_prepare(
-        x: T.Tensor((B, TIME, H, 64), "bfloat16"), g: T.Tensor((B, TIME, H), "float32"), w: T.Tensor((B, NC, 16, H, 64), "bfloat16")
+        x: T.Tensor((B, TIME, H, 64), "bfloat16"),
+        g: T.Tensor((B, TIME, H), "float32"),
+        w: T.Tensor((B, NC, 16, H, 64), "bfloat16"),
     ):
         with T.Kernel(NC, H, B, threads=64) as (n, h, b):
             xs = T.alloc_shared((16, 64), "bfloat16")

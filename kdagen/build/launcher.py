@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kdagen.errors import ToolchainError
@@ -10,17 +11,23 @@ from kdagen.target import Target
 TEMPLATE = Path(__file__).with_name("launcher.c.j2")
 
 
-def launcher_source(name: str, lowered, target: Target, cubin: str) -> str:
-    """C text that exports `name` through tvm-ffi and embeds the file `cubin`; `lowered` is an adapter.Lowered."""
+def launcher_source(name: str, lowered, target: Target, cubin: str, labels: Sequence[str] = ()) -> str:
+    """C text that exports `name` through tvm-ffi and embeds the file `cubin`.
+
+    `lowered` is an adapter.Lowered; `labels` are the names of its tensors for people, where they differ.
+    """
     import jinja2
 
-    template = jinja2.Template(TEMPLATE.read_text(), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = jinja2.Template(
+        TEMPLATE.read_text(), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     return template.render(
         name=name,
         lowered=lowered,
         target=target,
         cubin=cubin,
         tensors=lowered.tensors,
+        label=dict(zip((t.name for t in lowered.tensors), labels or (t.name for t in lowered.tensors))),
         bindings=_bindings(name, lowered),
         capabilities=[int(c.replace(".", "")) for c in target.runs_on],
         descriptors={d.name: d for d in lowered.descriptors},

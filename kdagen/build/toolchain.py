@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdagen import debug
 from kdagen.errors import ToolchainError
 
 NVCC_FLAGS = ("-cubin", "-std=c++20", "-O3", "-Xptxas", "-v")
@@ -104,15 +105,28 @@ def compile_cubin(source: Path, arch: str) -> dict:
     nvcc, log = find_nvcc(), source.with_suffix(".log")
     command = [nvcc.path, *NVCC_FLAGS, f"-arch={arch}", "-ccbin", find_cxx()[0], *tilelang_includes()]
     run = subprocess.run(
-        [*command, source.name, "-o", source.with_suffix(".cubin").name], cwd=source.parent, capture_output=True, text=True
+        [*command, source.name, "-o", source.with_suffix(".cubin").name],
+        cwd=source.parent,
+        capture_output=True,
+        text=True,
     )
     log.write_text(run.stdout + run.stderr)
     if run.returncode:
+        kept = _keep_failed(source, log)
         raise ToolchainError(
             f"nvcc {nvcc.version} failed on {source.name} for {arch}: {first_error(run.stdout + run.stderr)} "
-            f"(full log {log}, source {source})"
+            f"(full log {kept / log.name}, source {kept / source.name})"
         )
     return ptxas_report(run.stderr)
+
+
+def _keep_failed(*files: Path) -> Path:
+    """Copies what a failed compilation leaves to where it stays."""
+    folder = debug.cache_dir() / "failed"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copy(file, folder)
+    return folder
 
 
 def first_error(log: str) -> str:
@@ -146,11 +160,19 @@ def compile_library(source: Path) -> Path:
     folders = (libinfo.find_include_path(), libinfo.find_dlpack_include_path(), Path(__file__).parent)
     command = [*find_cc(), *CC_FLAGS, *(f"-I{folder}" for folder in folders)]
     run = subprocess.run(
-        [*command, source.name, "-o", library.name, "-ldl", "-lpthread"], cwd=source.parent, capture_output=True, text=True
+        [*command, source.name, "-o", library.name, "-ldl", "-lpthread"],
+        cwd=source.parent,
+        capture_output=True,
+        text=True,
     )
     if run.returncode:
         raise ToolchainError(f"{command[0]} failed on the launcher {source}: {first_error(run.stderr)}")
     return library
+
+
+def has_disassembler() -> bool:
+    """Whether sass_counts will find nvdisasm."""
+    return next(_candidates("nvdisasm"), None) is not None
 
 
 def sass_counts(cubin: Path) -> dict[str, int] | None:

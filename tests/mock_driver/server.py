@@ -58,7 +58,9 @@ class FakeTensor:
         as_pointer = lambda array: ctypes.cast(array, ctypes.POINTER(ctypes.c_int64))  # noqa: E731
         code, bits = CODES[dtype]
         self.where = (device_type, device)
-        tensor = DLTensor(address, Device(*self.where), n, DType(code, bits, 1), as_pointer(sizes), as_pointer(steps), 0)
+        tensor = DLTensor(
+            address, Device(*self.where), n, DType(code, bits, 1), as_pointer(sizes), as_pointer(steps), 0
+        )
         self.managed = Managed(tensor, None, None)
         _alive.append((sizes, steps, self.managed))
 

@@ -1,0 +1,104 @@
+"""`kdagen build`: options to OpSources to a folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from kdagen import debug
+from kdagen.errors import ArgumentError
+
+
+class Several(click.ParamType):
+    """A comma-separated list."""
+
+    name = "list"
+
+    def convert(self, value, param, ctx) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part for part in value.split(",") if part)
+
+
+def pair(option: str, text: str) -> tuple[int, int]:
+    """ "128" is (128, 128), "128,64" is (128, 64)."""
+    parts = text.split(",")
+    if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
+        raise ArgumentError(f"{option} {text}: expected K or K,V, such as 128 or 128,64")
+    return int(parts[0]), int(parts[-1])
+
+
+def choices(texts: tuple[str, ...]) -> dict:
+    """field=value options as a dict; numbers become numbers."""
+    split = [text.partition("=") for text in texts]
+    if wrong := [text for text, (_, equals, value) in zip(texts, split) if not (equals and value)]:
+        raise ArgumentError(f"--schedule {wrong[0]}: expected field=value, such as chunk_size=32")
+    return {field: int(value) if value.isdigit() else value for field, _, value in split}
+
+
+@click.command("build")
+@click.option(
+    "--arch",
+    type=Several(),
+    multiple=True,
+    required=True,
+    help="sm80, sm89, sm90, sm100, sm120 or gfx942 (source only); several: sm80,sm90.",
+)
+@click.option(
+    "--op",
+    "ops",
+    multiple=True,
+    default=("kda",),
+    show_default=True,
+    help="A recurrence of the zoo, or file.py:name; repeatable.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The folder to write: an importable package. Ops that it holds already stay.  [default: kdagen_ops]",
+)
+@click.option("--head-dim", default="128", show_default=True, help="K, or K,V; 64, 128 or 256 each.")
+@click.option(
+    "--dtype", default="bfloat16", show_default=True, help="bfloat16 or float16; sums and states are float32."
+)
+@click.option("--gate-dtype", help="dtype of gates and scalars a token.  [default: --dtype]")
+@click.option(
+    "--schedule",
+    "schedule",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A choice of the schedule, such as chunk_size=32; repeatable.",
+)
+@click.option(
+    "--templates",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of kernel skeletons that come before kdagen's own.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at once.  [default: the number of cores]")
+def command(arch, ops, out, head_dim, dtype, gate_dtype, schedule, templates, jobs) -> None:
+    """Compile kernels for the GPUs of --arch. Needs nvcc and a C compiler, no GPU.
+
+    For each kernel: its TileLang source, its CUDA source, a library that loads without any compiler, and
+    manifest.json. Then `from kdagen_ops import kda` gives the op on a GPU machine.
+    """
+    from kdagen.build.builder import build
+    from kdagen.build.progress import Progress, summary
+    from kdagen.pipeline import compile_op
+    from kdagen.recurrence import load
+    from kdagen.target import target
+
+    started, out = time.perf_counter(), out or debug.build_dir()
+    archs = [target(name).name for names in arch for name in names]
+    dims, fields = pair("--head-dim", head_dim), choices(schedule)
+    sources = [
+        compile_op(load(op), dims, dtype, name, fields, gate_dtype, template_folders=templates)
+        for op in ops
+        for name in archs
+    ]
+    built = build(sources, out, jobs, Progress())
+    click.echo(summary(built), nl=False)
+    for name in dict.fromkeys(b.target for b in built if not target(b.target).compiles):
+        click.echo(f"{name}: source only (kdagen does not compile for it)")
+    click.echo(f"wrote {', '.join(str(b.folder) for b in built)} in {time.perf_counter() - started:.1f} s")
+    click.echo(f"use:  from {out.name} import {', '.join(dict.fromkeys(b.name for b in built))}")

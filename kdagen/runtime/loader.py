@@ -1,0 +1,243 @@
+"""Loads what `kdagen build` left and launches it: needs torch and apache-tvm-ffi, no compiler, no TileLang, no sympy.
+
+`LoadedOp` is one folder of kernels (one target, dtype and head dims); `BuiltOp` is an op with all its folders, which
+is what the generated package exposes. Shapes of workspaces and outputs come from the launch plan in the manifest.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import threading
+from functools import cached_property
+from pathlib import Path
+
+from kdagen import debug
+from kdagen.errors import ArgumentError, ArtefactError, LaunchError
+from kdagen.runtime import manifest as manifests
+
+ALLOCATED = ("workspace", "out", "final_state")  # roles of the tensors that a launch makes itself
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+
+
+def evaluate(size: int | str, dims: dict[str, int]) -> int:
+    """A size of a plan, such as 64, "T" or "B*H", in numbers."""
+
+    def value(node) -> int:
+        match node:
+            case ast.Constant(int(number)):
+                return number
+            case ast.Name(name):
+                return dims[name]
+            case ast.BinOp(left, op, right):
+                return _OPERATORS[type(op)](value(left), value(right))
+        raise ArtefactError(f"cannot read the size '{size}' of a launch plan: expected names, integers, +, -, * and //")
+
+    return size if isinstance(size, int) else value(ast.parse(size, mode="eval").body)
+
+
+class LoadedOp:
+    """The kernels of one built folder, loaded at the first launch."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder, self.manifest, self.plan = folder, manifest, manifest["plan"]
+        self._functions: dict | None = None
+        self._lock = threading.Lock()
+
+    def functions(self) -> dict:
+        """The launcher of each kernel by name; the libraries are opened once, whichever thread comes first."""
+        with self._lock:
+            if self._functions is None:
+                self._functions = {k["name"]: self._open(k) for k in self.manifest["kernels"]}
+            return self._functions
+
+    def _open(self, kernel: dict):
+        import tvm_ffi
+
+        if not kernel["library"]:
+            raise ArtefactError(f"{self.folder} holds source only: kdagen does not compile for {self.plan['target']}")
+        return tvm_ffi.load_module(str(self.folder / kernel["library"]))[kernel["name"]]
+
+    @cached_property
+    def by_role(self) -> dict[str, str]:
+        """The tensor that plays each role (the last, where several do)."""
+        return {spec["role"]: name for name, spec in self.plan["tensors"].items()}
+
+    def mismatch(self, tensors: dict, capability: str) -> str | None:
+        """Why these kernels cannot take these arguments on a GPU of this compute capability; None if they can."""
+        target = self.manifest["target"]
+        if capability not in target["runs_on"]:
+            return f"for compute capability {' or '.join(target['runs_on'])}, the GPU has {capability}"
+        for name, tensor in tensors.items():
+            spec = self.plan["tensors"].get(name)
+            if spec and str(tensor.dtype) != f"torch.{spec['dtype']}":
+                return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected {spec['dtype']}"
+            if spec and any(isinstance(n, int) and n != size for n, size in zip(spec["shape"], tensor.shape)):
+                return f"{name} has shape {list(tensor.shape)}, expected {_formula(spec)}"
+        return None
+
+    def dims(self, tensors: dict) -> dict[str, int]:
+        """B, T, H, NC and the like, read off the shapes of the arguments; each argument's shape is checked."""
+        arguments = [t for t in self.plan["tensors"].values() if t["role"] == "argument"]
+        dims = dict(self.plan["dims"])
+        for spec in arguments:
+            if (rank := len(tensors[spec["name"]].shape)) != len(spec["shape"]):
+                raise ArgumentError(f"{spec['name']} has {rank} dimensions, expected {_formula(spec)}")
+            symbols = [(s, n) for s, n in zip(spec["shape"], tensors[spec["name"]].shape) if str(s).isidentifier()]
+            dims = {**dict(symbols), **dims}
+        dims["NC"] = -(-dims["T"] // self.plan["chunk_size"])
+        return dims
+
+    def shape(self, name: str, dims: dict[str, int]) -> tuple[int, ...]:
+        """The shape of one of the plan's tensors."""
+        return tuple(evaluate(size, dims) for size in self.plan["tensors"][name]["shape"])
+
+    def launch(self, tensors: dict, allocate=None) -> dict:
+        """Runs the kernels in order on torch's current stream; returns all tensors, outputs among them.
+
+        `tensors` holds the arguments by name, and may hold outputs. A missing initial_state is zero. `allocate(shape,
+        dtype, device, zero)` makes the rest; torch by default.
+        """
+        allocate = allocate or _allocate
+        dims = self.dims(tensors)
+        device = next(iter(tensors.values())).device
+        tensors = {name: t for name, t in tensors.items() if t is not None}
+        for name, spec in self.plan["tensors"].items():
+            if name not in tensors and (spec["role"] in ALLOCATED or spec["role"] == "initial_state"):
+                zero = spec["role"] == "initial_state"
+                tensors[name] = allocate(self.shape(name, dims), spec["dtype"], device, zero)
+        if dims["T"] == 0:
+            self._keep_state(tensors)
+            return tensors
+        functions = self.functions()
+        for kernel in self.plan["kernels"]:
+            self._run(functions[kernel["name"]], [tensors[name] for name in kernel["params"]])
+        return tensors
+
+    def _keep_state(self, tensors: dict) -> None:
+        """No token, no kernel: the state stays as it was."""
+        if "final_state" in self.by_role:
+            tensors[self.by_role["final_state"]].copy_(tensors[self.by_role["initial_state"]])
+
+    @staticmethod
+    def _run(function, arguments: list) -> None:
+        try:
+            function(*arguments)
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(_first_line(error)) from None
+        except RuntimeError as error:
+            raise LaunchError(_first_line(error)) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _formula(spec: dict) -> str:
+    return "[" + ", ".join(map(str, spec["shape"])) + "]"
+
+
+def _allocate(shape: tuple[int, ...], dtype: str, device, zero: bool):
+    import torch
+
+    return (torch.zeros if zero else torch.empty)(shape, dtype=getattr(torch, dtype), device=device)
+
+
+def load_op(folder: str | Path) -> LoadedOp:
+    """The op in one built folder (the one that holds manifest.json), its hashes checked."""
+    folder = Path(folder)
+    return LoadedOp(folder, manifests.read(folder))
+
+
+def find_built(source, folders: list[Path] | None = None) -> Path | None:
+    """The folder of kernels built from exactly this OpSource: of the build folder, else of the cache, else None."""
+    wanted = manifests.digest(source)
+    plan = source.plan()
+    places = [Path(f) / source.name / manifests.variant(plan) for f in folders or [debug.build_dir()]]
+    for place in [*places, cached_op_folder(wanted)]:
+        if (place / manifests.MANIFEST).exists() and manifests.read(place)["digest"] == wanted:
+            return place
+    return None
+
+
+def cached_op_folder(digest: str) -> Path:
+    """Where the cache keeps the op of this digest."""
+    return debug.cache_dir() / "ops" / digest[:32]
+
+
+class BuiltOp:
+    """An op as the generated package exposes it: call it on CUDA tensors; it picks the kernels that fit them."""
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.name = Path(folder), Path(folder).name
+
+    @cached_property
+    def variants(self) -> list[LoadedOp]:
+        """Its folders of kernels, read at first use so that a damaged op does not keep its neighbours from loading."""
+        found = [load_op(path.parent) for path in sorted(self.folder.glob(f"[!.]*/{manifests.MANIFEST}"))]
+        if not found:
+            raise ArtefactError(
+                f"{self.folder} holds no built kernels: rebuild it with `kdagen build --op {self.name}`"
+            )
+        return found
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of its arguments, in order."""
+        return self.variants[0].plan["arguments"]
+
+    def __call__(self, *args, initial_state=None, output_final_state: bool = False, **named):
+        """(output [B, T, H, V], final state or None), as the op that `kdagen.compile` returns."""
+        tensors = self.bind(args, named)
+        op = self.select(tensors)
+        if initial_state is not None:
+            tensors[op.by_role["initial_state"]] = initial_state
+        results = op.launch(tensors)
+        return results[op.by_role["out"]], results[op.by_role["final_state"]] if output_final_state else None
+
+    def bind(self, args: tuple, named: dict) -> dict:
+        """Arguments by name; each given once, none missing."""
+        names = self.arguments
+        given = dict(zip(names, args))
+        twice, unknown = sorted(given.keys() & named.keys()), sorted(named.keys() - set(names))
+        missing = [name for name in names if name not in given and name not in named]
+        if len(args) > len(names) or twice or unknown or missing:
+            problems = [f"{what} {', '.join(found)}" for what, found in
+                        (("missing", missing), ("given twice:", twice), ("unknown", unknown)) if found]  # fmt: skip
+            raise ArgumentError(
+                f"{self.name} takes {', '.join(names)}: {'; '.join(problems) or f'got {len(args)} tensors'}"
+            )
+        return {name: given.get(name, named.get(name)) for name in names}
+
+    def select(self, tensors: dict) -> LoadedOp:
+        """The variant built for this GPU, these dtypes and these head dims."""
+        import torch
+
+        for name, tensor in tensors.items():
+            if tensor.device.type != "cuda":
+                raise ArgumentError(
+                    f"{self.name}: {name} is on {tensor.device}, and these are kernels for GPUs: call {name}.cuda(), "
+                    f"or use kdagen.compile, whose op runs on the CPU too"
+                )
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise ArgumentError(
+                    f"{self.name}: {name} requires a gradient, and only forward kernels were built: "
+                    f"call under torch.no_grad() or pass {name}.detach()"
+                )
+        device = next(iter(tensors.values())).device
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return self.fitting(tensors, capability)
+
+    def fitting(self, tensors: dict, capability: str) -> LoadedOp:
+        """The variant for a compute capability ("9.0") and tensors; says why each other does not fit."""
+        reasons = {v.folder.name: v.mismatch(tensors, capability) for v in self.variants}
+        for variant in self.variants:
+            if reasons[variant.folder.name] is None:
+                return variant
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ArgumentError(
+            f"no kernels of {self.name} fit ({listed}): build some with `kdagen build --op {self.name}`"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(self.arguments)}) built for {', '.join(v.folder.name for v in self.variants)}"
