@@ -1,7 +1,7 @@
 """Tensor IR: the chunkwise form of a recurrence, one chunk of one head at a time.
 
-A value has named dims: "C" rows (tokens of the chunk), "rC" for r streams interleaved
-token by token (row = token * r + stream), "K" and "V" channels. Batch, head and chunk index are implicit.
+A value has named dims: "C" rows (tokens of the chunk), "2C", "3C" .. for r streams interleaved
+token by token (row = token * r + stream; below "rC", and "C" for one stream), "K" and "V" channels. Batch, head and chunk index are implicit.
 An op computes one value (Gram: a table of them) and carries the equation that it implements.
 
 Unlike tile IR, nothing here knows of memory, threads or dtypes.
@@ -43,6 +43,7 @@ class Map:
     """out[indices] = expr, elementwise, in index notation.
 
     Each operand is (value, its indices); `expr` is in the operands' symbols. Missing indices broadcast.
+    It may also hold sympy.KroneckerDelta(i, j) of two index names: 1 on the diagonal, else 0.
     `zero_past_end` makes rows past T zero whatever the expression gives there.
     """
 
