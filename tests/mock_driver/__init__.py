@@ -31,7 +31,9 @@ class MockProcess:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def call(self, library: Path, function: str, tensors: list, **more) -> dict:
-        """{"errors": [...], "log": [driver calls]}; `more`: threads, fail=(call, code), capability=(major, minor)."""
+        """{"errors": [...], "log": [driver calls]}; `more`: threads, fail=(call, code), capability=(major, minor),
+        scalars=(first, count): the 32-bit parameters of the kernel to log at its launch.
+        """
         request = {"library": str(library), "function": function, "tensors": tensors, **more}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()

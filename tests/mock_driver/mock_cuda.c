@@ -9,15 +9,16 @@
 
 enum { DEVICES = 2, CAPACITY = 1 << 18, OUT_OF_MEMORY = 2, INVALID_VALUE = 1 };
 static char text[CAPACITY], failing[64];
-static int used, failure, major = 9, minor = 0;
+static int used, failure, major = 9, minor = 0, first_scalar, scalars;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread intptr_t contexts[16];
 static __thread int depth;
 
 const char *mock_log(void) { return text; }
-void mock_reset(void) { used = 0, *text = 0, *failing = 0, failure = 0; }
+void mock_reset(void) { used = 0, *text = 0, *failing = 0, failure = 0, scalars = 0; }
 void mock_fail(const char *call, int code) { snprintf(failing, sizeof failing, "%s", call), failure = code; }
 void mock_capability(int a, int b) { major = a, minor = b; }
+void mock_scalars(int first, int count) { first_scalar = first, scalars = count; } /* 32-bit parameters to log at a launch */
 
 #define LOG(...)                                                                                              \
   do {                                                                                                        \
@@ -87,7 +88,11 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
   ENTER();
   if (!depth) return 201; /* CUDA_ERROR_INVALID_CONTEXT */
   if (!gx || !gy || !gz || bx * by * bz > 1024) return INVALID_VALUE;
-  LOG("cuLaunchKernel %s grid=%u,%u,%u block=%u,%u,%u shared=%u stream=%p context=%d", (char *)function, gx, gy, gz, bx, by, bz, shared,
-      stream, (int)contexts[depth - 1]);
+  char line[256] = "";
+  uint32_t values[8];
+  for (int i = 0; i < scalars; i++) values[i] = *(uint32_t *)arguments[first_scalar + i];
+  if (scalars) list(line, "scalars", 0, values, scalars);
+  LOG("cuLaunchKernel %s grid=%u,%u,%u block=%u,%u,%u shared=%u stream=%p context=%d%s", (char *)function, gx, gy, gz, bx, by, bz, shared,
+      stream, (int)contexts[depth - 1], line);
   return 0;
 }

@@ -102,6 +102,7 @@ def main(mock: str) -> None:
         if mock:
             driver.mock_reset()
             driver.mock_capability(*request.pop("capability", (9, 0)))
+            driver.mock_scalars(*request.pop("scalars", (0, 0)))
             if fail := request.pop("fail", None):
                 driver.mock_fail(fail[0].encode(), fail[1])
         reply |= call(**request)
