@@ -1,7 +1,8 @@
 """Tensor IR: the chunkwise form of a recurrence, one chunk of one head at a time.
 
-A value has named dims: "C" rows (tokens of the chunk), "2C", "3C" .. for r streams interleaved
-token by token (row = token * r + stream; below "rC", and "C" for one stream), "K" and "V" channels. Batch, head and chunk index are implicit.
+A value has named dims: "C" rows (tokens of the chunk), "2C", "3C" .. for r streams interleaved token by token
+(row = token * r + stream; written "rC" below, "C" for one stream), "K" and "V" channels. Batch, head and chunk
+index are implicit.
 An op computes one value (Gram: a table of them) and carries the equation that it implements.
 
 Unlike tile IR, nothing here knows of memory, threads or dtypes.
