@@ -1,4 +1,4 @@
-"""The host launcher, compiled and called on a mock driver: what it checks, what it asks of the driver, and how often."""
+"""The host launcher, compiled and called on a mock driver: what it checks, and what it asks of the driver how often."""
 
 import itertools
 import re
@@ -252,7 +252,8 @@ def test_a_driver_that_fails_is_reported_and_asked_again(driver, fresh, call):
 def test_another_gpu_is_refused_with_what_to_build(driver, fresh):
     reply = driver.call(fresh, "toy", arguments(), capability=(8, 0))
     assert reply["errors"] == [
-        "RuntimeError: toy: built for sm90, but cuda:0 has compute capability 8.0: rebuild with `kdagen build --arch sm80`"
+        "RuntimeError: toy: built for sm90, but cuda:0 has compute capability 8.0: "
+        "rebuild with `kdagen build --arch sm80`"
     ]
 
 
