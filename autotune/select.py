@@ -19,7 +19,7 @@ def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, tar
         prepare_threads=64 if rows * chunk <= 16 else 128,
         v_tile=v_tile,
         scan_threads=2 * v_tile,
-        stages=2,
+        stages=2 if target.bulk_copies else 1,
         scan_skeleton="scan_specialised" if target.warp_specialised else "scan_pipelined",
     )
 

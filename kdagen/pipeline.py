@@ -50,7 +50,7 @@ def compile_op(
     if not isinstance(schedule, Schedule):
         schedule = default_schedule(canonical, dims, dtype, target).replace(**(schedule or {}))
     dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
-    kernels = lower(program, dims, dtypes, dtype, schedule)
+    kernels = lower(program, dims, dtypes, dtype, schedule, target)
     sources = tuple(render(kernel, template_folders) for kernel in kernels)
     arguments = tuple(a.name for a in canonical.arguments)
     return OpSource(canonical.name, sources, schedule.chunk_size, dims, dtype, schedule.fields(), target.name, arguments)

@@ -15,7 +15,8 @@ class Target:
     arch: str  # what TileLang and nvcc are given: "sm_90a"
     backend: str  # "cuda", or "hip" (source only)
     shared_bytes: int  # most dynamic shared memory a block may use
-    warp_specialised: bool  # has wgmma, TMA and register reallocation
+    warp_specialised: bool  # has wgmma and register reallocation
+    bulk_copies: bool  # has TMA
     runs_on: tuple[str, ...]  # compute capabilities that can load the result
     example: str  # a GPU of this kind, for people
 
@@ -29,12 +30,12 @@ KIB = 1024
 TARGETS = {
     t.name: t
     for t in (
-        Target("sm80", "sm_80", "cuda", 163 * KIB, False, ("8.0",), "A100"),
-        Target("sm89", "sm_89", "cuda", 99 * KIB, False, ("8.9",), "RTX 4090, L40S"),
-        Target("sm90", "sm_90a", "cuda", 227 * KIB, True, ("9.0",), "H100, H200"),
-        Target("sm100", "sm_100a", "cuda", 227 * KIB, False, ("10.0",), "B200"),
-        Target("sm120", "sm_120a", "cuda", 99 * KIB, False, ("12.0",), "RTX 5090"),
-        Target("gfx942", "gfx942", "hip", 64 * KIB, False, ("gfx942",), "MI300X (source only)"),
+        Target("sm80", "sm_80", "cuda", 163 * KIB, False, False, ("8.0",), "A100"),
+        Target("sm89", "sm_89", "cuda", 99 * KIB, False, False, ("8.9",), "RTX 4090, L40S"),
+        Target("sm90", "sm_90a", "cuda", 227 * KIB, True, True, ("9.0",), "H100, H200"),
+        Target("sm100", "sm_100a", "cuda", 227 * KIB, False, True, ("10.0",), "B200"),
+        Target("sm120", "sm_120a", "cuda", 99 * KIB, False, True, ("12.0",), "RTX 5090"),
+        Target("gfx942", "gfx942", "hip", 64 * KIB, False, False, ("gfx942",), "MI300X (source only)"),
     )
 }
 

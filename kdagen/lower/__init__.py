@@ -6,21 +6,22 @@ from kdagen.errors import ScheduleError
 from kdagen.ir.tensor import Program
 from kdagen.ir.tile import Kernel, verify
 from kdagen.lower.prepare import argument_buffers, lower_prepare
-from kdagen.lower.scan import lower_output, lower_scan
+from kdagen.lower.scan import SPECIALISED, lower_output, lower_scan
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import Schedule
+from kdagen.target import Target
 
 HEAD_DIMS = (64, 128, 256)
 
 
 def lower(
-    program: Program, dims: dict[str, int], dtypes: dict[str, str], dtype: str, schedule: Schedule
+    program: Program, dims: dict[str, int], dtypes: dict[str, str], dtype: str, schedule: Schedule, target: Target
 ) -> tuple[Kernel, ...]:
     """The forward kernels in launch order: prepare, scan and, when the schedule splits them, output.
 
     `dims` gives K and V, `dtypes` each argument's dtype, `dtype` that of operands, workspaces and the output.
     """
-    _check(dims, schedule)
+    _check(dims, schedule, target)
     workspace = Workspace(program, schedule.chunk_size, dims, dtype)
     arguments = argument_buffers(program.canonical, dims, dtypes)
     kernels = [lower_prepare(program, workspace, schedule, dtypes), lower_scan(program, workspace, schedule, arguments)]
@@ -31,12 +32,16 @@ def lower(
     return tuple(kernels)
 
 
-def _check(dims: dict[str, int], schedule: Schedule) -> None:
+def _check(dims: dict[str, int], schedule: Schedule, target: Target) -> None:
     if any(d not in HEAD_DIMS for d in dims.values()):
         raise ScheduleError(f"head_dim {dims['K'], dims['V']} has no kernels: expected K and V among {HEAD_DIMS}")
     if schedule.chunk_size not in (16, 32, 64):
         raise ScheduleError(f"chunk_size {schedule.chunk_size}: expected 16, 32 or 64")
     if schedule.v_tile % 64 or dims["V"] % schedule.v_tile:
         raise ScheduleError(f"v_tile {schedule.v_tile}: expected a multiple of 64 that divides V = {dims['V']}")
+    if schedule.stages > 1 and not target.bulk_copies:  # a pipelined loop of unknown length needs a constant wait count
+        raise ScheduleError(f"stages {schedule.stages}: {target.name} has no TMA, expected 1")
+    if schedule.scan_skeleton == SPECIALISED and not target.warp_specialised:
+        raise ScheduleError(f"scan_skeleton '{SPECIALISED}' needs wgmma, which {target.name} lacks: expected scan_pipelined")
     if schedule.output not in ("fused", "split"):
         raise ScheduleError(f"output '{schedule.output}': expected 'fused' or 'split'")

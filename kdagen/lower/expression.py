@@ -48,6 +48,9 @@ class TilePrinter(StrPrinter):
 
     _print_Max = _print_Min = _print_minmax
 
+    def _print_KroneckerDelta(self, expr):
+        return f"T.if_then_else({self._print(expr.args[0])} == {self._print(expr.args[1])}, 1.0, 0.0)"
+
     def _print_Exp1(self, expr):
         return repr(float(expr))
 

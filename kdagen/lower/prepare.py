@@ -110,12 +110,14 @@ class Prepare:
             self.define(op.out, lambda i, j: self.guarded(i, f"T.cast({name}[b, {row}{i}, h, {j}], 'float32')"))
         elif a.axis == "K":
             tile = self.block.shared(name, self.chunk, self.dims["K"], dtype=self.arguments[a.name].dtype)
-            region = f"{name}[b, n * {self.chunk}:(n + 1) * {self.chunk}, h, 0:{self.dims['K']}]"
+            region = f"{name}[b, n * {self.chunk}:n * {self.chunk} + {self.chunk}, h, 0:{self.dims['K']}]"
             self.block.add(Copy(tile, region, eq=op.eq))
             self.define(op.out, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')")
         else:
             read = self.guarded("i", f"T.cast({name}[b, {row}i, h], 'float32')")
             self.keep(op.out, lambda i: read, op.eq, name=name)
+        if op.out.name in self.gates:
+            self.keep_gate(op.out, self.access[op.out.name], f"{op.eq}, in log2")
 
     def guarded(self, row: str, text: str) -> str:
         """`text` where row lies in the sequence, else zero."""
@@ -129,21 +131,26 @@ class Prepare:
         self.block.add(Map(loops, ((element(name)(*index), access(*index)),), eq=eq))
         self.define(value, element(name))
 
+    def keep_gate(self, value: Value, access: Access, eq: str) -> None:
+        """Keep the log decay in log2, where exponentials are cheapest; a vector gate where its running sums will be."""
+        name = "through" if value.dims == ("C", "K") else value.name
+        self.keep(value, lambda *index: f"{access(*index)} * {LOG2E}", eq, name=name)
+
     def map(self, op: TensorMap) -> None:
         expr = self.hoist(op) if op.out.dims == ("C", "K") else op.expr
-        scale = LOG2E if op.out.name in self.gates else 1
 
         def access(*index: str) -> str:
             at = dict(zip(op.indices, index))
             symbols = {v.symbol: self.access[v.name](*(at[i] for i in ix)) for v, ix in self.operands(op)}
+            symbols |= {sympy.Symbol(name): text for name, text in at.items()}
             text = tile_text(expr, symbols)
-            text = f"({text}) * {scale}" if scale != 1 else f"({text})"
+            text = f"({text})"
             return self.guarded(index[0], text) if op.zero_past_end and not self.vanishes(op) else text
 
-        kept = op.out.dims == ("C",) or op.out.name in self.gates or (op.out.dims == ("C", "K") and not cheap(expr))
-        if kept:
-            through = op.out.name in self.gates and op.out.dims == ("C", "K")
-            self.keep(op.out, access, op.eq, name="through" if through else "")
+        if op.out.name in self.gates:
+            self.keep_gate(op.out, access, op.eq)
+        elif op.out.dims == ("C",) or (op.out.dims == ("C", "K") and not cheap(expr)):
+            self.keep(op.out, access, op.eq)
         else:
             self.define(op.out, access)
 
@@ -229,9 +236,11 @@ class Prepare:
         """Row (i, s) of the result is row i of part s; a table interleaves columns as well."""
         parts = [[self.access[v.name] for v in row] for row in op.parts]
 
-        def access(row: str, col: str) -> str:
+        def access(row: str, *col: str) -> str:
             i, s = split(row, len(parts))
-            j, t = split(col, len(parts[0]))
+            if len(parts[0]) == 1:
+                return choose([across[0](i, *col) for across in parts], s)
+            j, t = split(*col, len(parts[0]))
             return choose([choose([p(i, j) for p in across], t) for across in parts], s)
 
         self.define(op.out, access)

@@ -168,11 +168,11 @@ class Step:
     def load_parts(self, value: Value, n: str) -> list[Statement]:
         c, parts = self.chunk, self.workspace.parts[value.name]
         tile = self.block.shared(value.name, len(parts) * c, self.tile, dtype=self.workspace.dtype)
-        columns = f"tile * {self.tile}:(tile + 1) * {self.tile}"
+        columns = f"tile * {self.tile}:tile * {self.tile} + {self.tile}"
         copies = []
         for s, part in enumerate(parts):
             source = (
-                f"{part.name}_in[b, {n} * {c}:({n} + 1) * {c}, h, {columns}]" if part.is_argument
+                f"{part.name}_in[b, {n} * {c}:{n} * {c} + {c}, h, {columns}]" if part.is_argument
                 else f"{part.name}[b, h, {n}, 0:{c}, {columns}]"
             )  # fmt: skip
             copies.append(Copy(f"{tile}[{s * c}:{(s + 1) * c}, 0:{self.tile}]" if len(parts) > 1 else tile, source))
@@ -185,7 +185,7 @@ class Step:
         skip = f" + T.cast({out.add.name}_s[i, j], 'float32')" if out.add else ""
         return [
             Map((("j", self.tile), ("i", c)), ((f"{staged}[i, j]", f"{self.accumulator(out.out)}[j, i]{skip}"),)),
-            Copy(f"o_out[b, {n} * {c}:({n} + 1) * {c}, h, tile * {self.tile}:(tile + 1) * {self.tile}]", staged),
+            Copy(f"o_out[b, {n} * {c}:{n} * {c} + {c}, h, tile * {self.tile}:tile * {self.tile} + {self.tile}]", staged),
         ]
 
 
@@ -233,7 +233,7 @@ def lower_output(program: Program, workspace: Workspace, schedule: Schedule, arg
     for value in kept:
         cols = _cols(workspace, value)
         shared = step.block.shared(value.name, tile, cols, dtype=workspace.dtype)
-        loads.append(Copy(shared, f"{value.name}_w[b, h, n, tile * {tile}:(tile + 1) * {tile}, 0:{cols}]"))
+        loads.append(Copy(shared, f"{value.name}_w[b, h, n, tile * {tile}:tile * {tile} + {tile}, 0:{cols}]"))
     body = step.lower()
     stores = step.store_output("n")
     return Kernel(
@@ -268,7 +268,7 @@ def _store_states(step: Step) -> list[Statement]:
     for value in stored_values(step.program):
         operand, _ = step.left(value)
         cols = _cols(step.workspace, value)
-        stores.append(Copy(f"{value.name}_w[b, h, n, tile * {step.tile}:(tile + 1) * {step.tile}, 0:{cols}]", operand))
+        stores.append(Copy(f"{value.name}_w[b, h, n, tile * {step.tile}:tile * {step.tile} + {step.tile}, 0:{cols}]", operand))
     return stores
 
 
