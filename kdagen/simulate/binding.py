@@ -55,7 +55,8 @@ def _solve(dims, env: dict, name: str):
             env[unknown[0]] = (size - at[0]) // max(at[1] - at[0], 1)
     for where, dim, size in dims:
         if (expected := _value(dim, env, name)) != size:
-            raise ArgumentError(f"kernel '{name}': {where} is {size}, expected {dim} = {expected}")
+            symbolic = "" if str(dim) == str(expected) else f"{dim} = "
+            raise ArgumentError(f"kernel '{name}': {where} is {size}, expected {symbolic}{expected}")
 
 
 def _value(expression, env: dict, name: str) -> int:

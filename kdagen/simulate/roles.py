@@ -88,9 +88,18 @@ class RaceCompiler(Compiler):
             return self._wait_barrier(call)
         if name == "wait_wgmma":
             return self._wait_wgmma(call)
+        if name == "tvm_storage_sync":
+            return self.leaf(self._sync_block(call))
         if name in ASYNCHRONOUS_OPERATIONS:
             return self.leaf(ASYNCHRONOUS_OPERATIONS[name](self, call))
         raise self.unsupported(f"operation {call.op.name} in a warp-specialised program", call)
+
+    def _sync_block(self, call):
+        def sync(f):
+            if len(self.roles) > 1:
+                raise self.unsupported("T.sync_threads between warp roles", call)
+
+        return sync
 
     def _wait_barrier(self, call):
         barrier, parity = self.barrier(call.args[0]), self.expression(call.args[1])

@@ -65,8 +65,7 @@ class RaceSimulator(Simulator):
     compiler = RaceCompiler
 
     def __init__(self, prim_func, seed: int = 0, tf32: bool = True):
-        super().__init__(prim_func, tf32)
-        self.rng_seed = seed
+        super().__init__(prim_func, tf32, seed)
         self.misplaced = misplaced_fragments(prim_func.body, self.program.role_test)
 
     def __call__(self, *arrays: np.ndarray):
@@ -75,7 +74,7 @@ class RaceSimulator(Simulator):
                 f"fragment '{self.misplaced[0]}' belongs to one role but code common to all roles reads it: "
                 "move that statement into the role, or into its loop"
             )
-        self.rng = random.Random(self.rng_seed)
+        self.rng = random.Random(self.seed)
         super().__call__(*arrays)
 
     def _run_block(self, f: Frame):
@@ -105,17 +104,17 @@ class ScheduleReport:
 def check_schedule(prim_func, target, arrays, seeds=range(6)) -> ScheduleReport:
     """Runs the kernel as `target` specialises it, once a seed, against program order; they must agree bit for bit.
 
-    `prim_func` is as traced; the arrays stay as they are.
+    `prim_func` is as traced; the arrays stay as they are. Where there is but one role, one seed says it all.
     """
     from kdagen.build import adapter
 
     expected = _copies(arrays)
     Simulator(prim_func)(*expected)
-    after = adapter.specialised(prim_func, target)
-    report = None
-    for seed in seeds:
-        simulator, given = RaceSimulator(after, seed), _copies(arrays)
-        report = report or ScheduleReport(simulator.name, simulator.program.roles, tuple(seeds))
+    simulator = RaceSimulator(adapter.specialised(prim_func, target))
+    roles = simulator.program.roles
+    report = ScheduleReport(simulator.name, roles, tuple(seeds) if len(roles) > 1 else tuple(seeds)[:1])
+    for seed in report.seeds:
+        simulator.seed, given = seed, _copies(arrays)
         try:
             simulator(*given)
         except SimulationError as error:
