@@ -28,7 +28,8 @@ def normal(expr: sympy.Expr) -> sympy.Expr:
     """The sum of monomials equal to `expr`."""
     atoms: dict[sympy.Expr, sympy.Dummy] = {}
     polynomial = sympy.expand(_polynomial(sympy.sympify(expr), atoms))
-    return polynomial.xreplace({dummy: atom for atom, dummy in atoms.items()})
+    whole = {f: sympy.Integer(int(f)) for f in polynomial.atoms(sympy.Float) if float(f).is_integer()}
+    return polynomial.xreplace({dummy: atom for atom, dummy in atoms.items()} | whole)
 
 
 def _polynomial(expr, atoms):
@@ -112,9 +113,43 @@ def common(parts: list[Monomial]) -> Monomial:
 
 def content(exprs, axes) -> sympy.Expr:
     """The scalar monomial, with a positive number, that divides every term of all of `exprs`."""
-    split = [monomial(t) for e in exprs for t in terms(e)]
-    scalars = [{b: x for b, x in factors.items() if axis_of(b, axes) == ""} for _, factors in split]
-    return product(_number([n for n, _ in split]), common(scalars))
+    factors = [monomial(t) for e in exprs for t in terms(e)]
+    scalars = [{b: x for b, x in parts.items() if axis_of(b, axes) == ""} for _, parts in factors]
+    return product(_number([n for n, _ in factors]), common(scalars))
+
+
+def split(exprs, axes) -> tuple[sympy.Expr, list[sympy.Expr]]:
+    """The scalar, positive where it is a number, that divides all of `exprs`, and the quotients."""
+    shared = content(exprs, axes)
+    rest = [normal(e / shared) for e in exprs]
+    sums = [c for e in rest for c in collected(e, axes).values()]
+    candidate = min(sums, key=lambda c: len(terms(c)), default=sympy.S.One)
+    if len(terms(candidate)) < 2 or any(divided(c, candidate) is None for c in sums):
+        return shared, rest
+    return shared * candidate, [
+        normal(sum((v * divided(c, candidate) for v, c in collected(e, axes).items()), sympy.S.Zero)) for e in rest
+    ]
+
+
+def collected(expr: sympy.Expr, axes) -> dict[sympy.Expr, sympy.Expr]:
+    """The scalar coefficient of each product of channel-wise factors."""
+    found: dict[sympy.Expr, sympy.Expr] = {}
+    for t in terms(expr):
+        number, factors = monomial(t)
+        vector = product(1, {b: x for b, x in factors.items() if axis_of(b, axes) != ""})
+        found[vector] = found.get(vector, 0) + t / vector
+    return {v: normal(c) for v, c in found.items()}
+
+
+def divided(expr: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+    """The quotient, if `divisor` divides `expr` leaving no sum below the line."""
+    atoms: dict[sympy.Expr, sympy.Dummy] = {}
+    a, b = (sympy.expand(_polynomial(e, atoms)) for e in (expr, divisor))
+    quotient = sympy.cancel(a / b)
+    if sympy.fraction(quotient)[1].is_Add:
+        return None
+    quotient = normal(quotient.xreplace({dummy: atom for atom, dummy in atoms.items()}))
+    return quotient if normal(quotient * divisor - expr) == 0 else None
 
 
 def _number(numbers):

@@ -9,11 +9,12 @@ left to kdagen.derive.canonical.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import sympy
 
-from kdagen.derive.forms import L2Norm, channel_sum, monomial, normal, product, terms
+from kdagen.derive.forms import L2Norm, channel_sum, monomial, normal, product, sign_of, split, terms
 from kdagen.derive.roles import infer
 from kdagen.errors import RecurrenceError
 from kdagen.ir.functions import axis_of, sigmoid, softplus
@@ -178,11 +179,16 @@ class Linear:
         return normal(x * self.sum(z * target))
 
     def write(self, x, p: Form) -> Matrix:
+        """x p^T as a new pseudo-value, with the scalars of x moved into it."""
         x = normal(x)
         if x == 0 or not p:
             return Matrix(sympy.S.Zero, {})
-        self.pseudo.append(p)
-        return Matrix(sympy.S.Zero, {len(self.pseudo) - 1: x})
+        scalar, (direction,) = split([x], self.axes)
+        sign = sign_of(direction)
+        p = p * (sign * scalar)
+        if p not in self.pseudo:
+            self.pseudo.append(p)
+        return Matrix(sympy.S.Zero, {self.pseudo.index(p): normal(sign * direction)})
 
     def read(self, m: Matrix, w) -> Form:
         """m^T w."""
@@ -192,6 +198,9 @@ class Linear:
     def scale(self, target, f):
         if not isinstance(target, Matrix):
             return normal(target * f)
+        if target.d == 0:
+            writes = [self.write(x * f, self.pseudo[i]) for i, x in target.x.items()]
+            return functools.reduce(self.add, writes, Matrix(sympy.S.Zero, {}))
         x = {i: normal(x * f) for i, x in target.x.items()}
         return Matrix(self.named(target.d * f), {i: c for i, c in x.items() if c != 0})
 

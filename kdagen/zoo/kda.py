@@ -1,7 +1,7 @@
 """Kimi Delta Attention (Kimi Linear report, 2025, arXiv:2510.26692, Eq. 1): the delta rule, one decay a key channel.
 
-Three entries: the recurrence itself; with the gate, norms and sigmoid of the released model; with a gate that is bounded
-below, so that decays can be factored.
+Three entries: the recurrence itself; with the gate, norms and sigmoid of the released model; with a gate that is
+bounded below, so that decays can be factored.
 """
 
 import kdagen as kg
