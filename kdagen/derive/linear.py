@@ -150,8 +150,8 @@ class Linear:
             return self.scale(evaluate(node.args[0]), sympy.S.NegativeOne)
         a, b = node.args
         if node.op in ("add", "sub"):
-            right = evaluate(b)
-            return self.add(evaluate(a), right if node.op == "add" else self.scale(right, sympy.S.NegativeOne))
+            left, right = evaluate(a), evaluate(b)
+            return self.add(left, right if node.op == "add" else self.scale(right, sympy.S.NegativeOne))
         if node.op == "div":
             return self.scale(evaluate(a), 1 / self.expr(b))
         scalar, matrix = (a, b) if self.node_axes[a] == "" else (b, a)
