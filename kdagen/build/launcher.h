@@ -189,8 +189,8 @@ static int check_capability(const Kernel *kernel, int device) {
   DRIVER(kernel, cuDeviceGetAttribute, &minor, CAPABILITY_MINOR, device);
   for (const int *c = kernel->capabilities; *c; c++)
     if (*c == 10 * major + minor) return 0;
-  return fail(kernel, "RuntimeError", "built for %s, but cuda:%d has compute capability %d.%d: rebuild with `kdagen build --arch sm%d%d`",
-              kernel->target, device, major, minor, major, minor);
+  return fail(kernel, "RuntimeError", "built for %s, but cuda:%d has compute capability %d.%d: build for that GPU with `kdagen build --arch`",
+              kernel->target, device, major, minor);
 }
 
 static int prepare_locked(const Kernel *kernel, int device) {
