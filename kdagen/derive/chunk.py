@@ -80,7 +80,7 @@ class Prepare:
             opposite = self.made.get((-expr, dims))
             lowered, operands = (-opposite.symbol, [opposite]) if opposite else self.without_sums(expr)
             out = self.fresh(name, *dims)
-            self.made[expr, dims] = self.map(out, lowered, operands, f"{name} = {expr}", zero_past_end=True)
+            self.made[expr, dims] = self.map(out, lowered, operands, f"{out.name} = {expr}", zero_past_end=True)
         return self.made[expr, dims]
 
     def map(
@@ -102,10 +102,9 @@ class Prepare:
         if total not in self.made:
             terms = total.args[0]
             axis = axis_of(terms, self.axes)
-            a = self.token(f"terms{len(self.made)}", terms, axis)
-            self.made[total] = self.add(
-                RowSum(self.fresh(f"sum{len(self.made)}", "C"), a, eq=f"sum over {axis} of {terms}")
-            )
+            number = 1 + sum(isinstance(e, ChannelSum) for e in self.made)
+            a = self.token(f"terms{number}", terms, axis)
+            self.made[total] = self.add(RowSum(self.fresh(f"sum{number}", "C"), a, eq=f"sum over {axis} of {terms}"))
         return self.made[total]
 
 
@@ -201,7 +200,8 @@ class _ChunkForm:
         diagonal, diagonals = self.scalar(f"c_{name}", coefficient)
         expr = factor * ((gram.symbol if gram else 0) + diagonal * SAME_TOKEN)
         operands = dict.fromkeys(v for v in (gram, *factors, *diagonals) if v)
-        return p.map(p.fresh(name, "C", "C"), expr, operands, f"{name}_ij = {expr}")
+        rows = {v.symbol: sympy.Symbol(f"{v.name}_{'ij' if v == gram else 'i'}") for v in operands}
+        return p.map(p.fresh(name, "C", "C"), expr, operands, f"{name}_ij = {expr.xreplace(rows)}")
 
     def scalar(self, name: str, expr: sympy.Expr) -> tuple[sympy.Expr, list[Value]]:
         """A scalar a token as a factor, and the value behind it unless it is a number."""

@@ -132,6 +132,29 @@ class MatMul:
 Op = Load | Map | RowSum | Decay | Gram | Interleave | SolveTril | MatMul
 
 
+def reads(op: Op) -> tuple[Value, ...]:
+    """The values that an op reads."""
+    match op:
+        case Map():
+            return tuple(v for v, _ in op.operands)
+        case RowSum() | SolveTril():
+            return (op.a,)
+        case Decay():
+            return (op.g,)
+        case Gram():
+            return (*op.readers, *op.writers, *((op.g,) if op.g else ()))
+        case Interleave():
+            return tuple(v for row in op.parts for v in row)
+        case MatMul():
+            return (*(v for a, b, _ in op.terms for v in (a, b)), *((op.add,) if op.add else ()))
+    return ()
+
+
+def writes(op: Op) -> tuple[Value, ...]:
+    """The values that an op makes."""
+    return tuple(v for row in op.outs for v in row) if isinstance(op, Gram) else (op.out,)
+
+
 @dataclass(frozen=True)
 class Program:
     """The chunk form: what does not read the state, the step from state to state, and the output.

@@ -1,0 +1,212 @@
+"""Runs a tensor program on torch: what the program means, and the CPU backend of every op.
+
+Tensors are [chunk, B, H, *dims of the value]: prepare and output do all chunks of a span of tokens at once, the scan
+one chunk after another. No loop runs over tokens. The sequence is taken in spans of a few chunks, so that values stay
+in cache and memory does not grow with T. Each chunk is computed alike, whatever follows it and however long T is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+
+from kdagen.errors import ArgumentError
+from kdagen.ir.decayed_products import Spans, gram, product
+from kdagen.ir.tensor import Decay, Gram, Interleave, Load, Map, MatMul, Op, Program, RowSum, SolveTril, Value, reads
+from kdagen.ir.torch_expression import SAME_INDEX, compiled
+
+SPAN_ELEMENTS = 1 << 19  # of one K- or V-wide value of a span: a few values fill the cache that a core has
+
+
+class Arena:
+    """Scratch tensors by name, kept from span to span: fresh memory would cost more than the arithmetic."""
+
+    def __init__(self, like):
+        self.like, self.kept = like, {}
+
+    def take(self, name: str, shape):
+        """A tensor of `shape`: zeros at first, and then whatever was left in it."""
+        size = math.prod(shape)
+        if name not in self.kept or self.kept[name].numel() < size:
+            self.kept[name] = self.like.new_zeros(size)
+        return self.kept[name][:size].view(shape)
+
+
+def interpret(program: Program, tensors: dict, initial_state=None, chunk_size: int = 32, dtype=None):
+    """Output [B, T, H, V] and final state [B, H, K, V], in `dtype` (that of the first tensor unless given)."""
+    return Interpreter(program, tensors, chunk_size, dtype).run(initial_state)
+
+
+class Interpreter:
+    """One run of a program: shapes, scratch, and the values of the span of tokens at hand."""
+
+    def __init__(self, program: Program, tensors: dict, chunk_size: int, dtype=None):
+        if chunk_size < 1 or chunk_size & (chunk_size - 1):
+            raise ArgumentError(f"chunk_size = {chunk_size}: expected a power of two, such as 16, 32 or 64")
+        self.program, self.tensors, self.chunk = program, tensors, chunk_size
+        self.size = sizes(program.canonical.arguments, tensors)
+        first = next(iter(tensors.values()))
+        self.arena = Arena(first.new_empty(0, dtype=dtype or first.dtype))
+        self.handlers = {
+            Load: self.load, Map: self.map, RowSum: self.row_sum, Decay: self.decay, Gram: self.gram,
+            Interleave: self.interleave, SolveTril: self.solve, MatMul: self.matmul,
+        }  # fmt: skip
+
+    def run(self, initial_state=None):
+        """All tokens, a span of chunks after another."""
+        b, t, h, k, v = (self.size[d] for d in "BTHKV")
+        out = self.arena.like.new_empty(b, t, h, v)
+        state = self.arena.like.new_zeros(b, h, k, v)
+        if initial_state is not None:
+            state.copy_(initial_state)
+        step = self.chunk * max(1, SPAN_ELEMENTS // (b * h * self.chunk * max(k, v)))
+        for start in range(0, t, step):
+            state = self.span(start, min(t, start + step), state, out)
+        return out, state.clone()
+
+    def span(self, start: int, end: int, state, out):
+        """Prepare, scan and output of the tokens start..end-1; returns the state after them."""
+        self.start, self.end, self.n = start, end, -(-(end - start) // self.chunk)
+        self.env, self.targets, self.spans = {}, {}, {}
+        self.do(self.program.prepare)
+        state = self.scan(state)
+        self.do(self.program.output)
+        o = self.env[self.program.out.name].permute(1, 0, 3, 2, 4)
+        out[:, start:end] = o.flatten(1, 2)[:, : end - start]
+        return state
+
+    def do(self, ops: tuple[Op, ...]) -> None:
+        for op in ops:
+            self.handlers[type(op)](op)
+
+    def scan(self, state):
+        """The state before each chunk and all else that the scan makes, kept for the output; returns the last state."""
+        program, prepared = self.program, self.env
+        states = self.arena.take("states", (self.n + 1, *state.shape))
+        states[0] = state
+        made = {op.out.name: self.target(op.out) for op in program.scan}
+        made |= {program.next_state.name: states[1:]} | {name: states[1:] for name in overwritten(program)}
+        for i in range(self.n):
+            self.env = {name: x[i : i + 1] for name, x in prepared.items()} | {program.state.name: states[i : i + 1]}
+            self.targets = {name: x[i : i + 1] for name, x in made.items()}
+            self.do(program.scan)
+        self.env, self.targets = prepared | made | {program.state.name: states[:-1]}, {}
+        return states[self.n]
+
+    def target(self, value: Value):
+        """Where a value is written."""
+        if value.name in self.targets:
+            return self.targets[value.name]
+        dims = (self.size[d] if d in self.size else int(d[:-1] or 1) * self.chunk for d in value.dims)
+        return self.arena.take(value.name, (self.n, self.size["B"], self.size["H"], *dims))
+
+    # -- ops
+
+    def load(self, op: Load) -> None:
+        a, x = op.argument, self.tensors[op.argument.name]
+        heads = 2 if a.per_token else 0
+        x = x[:, self.start : self.end] if a.per_token else x
+        if x.shape[heads] != self.size["H"]:  # grouped: each head serves several
+            x = x.repeat_interleave(self.size["H"] // x.shape[heads], heads)
+        x = x.to(self.arena.like.dtype)
+        self.env[op.out.name] = self.chunked(x) if a.per_token else x.expand(self.n, self.size["B"], *x.shape)
+
+    def chunked(self, x):
+        """[B, tokens, H, *] as [chunk, B, H, C, *], rows past the end zero; a view unless the last chunk is partial."""
+        if missing := self.n * self.chunk - x.shape[1]:
+            padded = x.new_zeros(x.shape[0], x.shape[1] + missing, *x.shape[2:])
+            padded[:, : x.shape[1]] = x
+            x = padded
+        return x.unflatten(1, (self.n, self.chunk)).permute(1, 0, 3, 2, *range(4, x.dim() + 1))
+
+    def map(self, op: Map) -> None:
+        env = {v.symbol: self.aligned(self.env[v.name], indices, op.indices) for v, indices in op.operands}
+        if op.expr.has(sympy.KroneckerDelta):
+            env[SAME_INDEX] = self.eye(self.chunk)
+        out = compiled(op.expr)(env, self.target(op.out))
+        valid = self.end - self.start - (self.n - 1) * self.chunk
+        if op.zero_past_end and valid < self.chunk:
+            out[-1, :, :, valid:] = 0
+        self.env[op.out.name] = out
+
+    def aligned(self, x, indices: tuple[str, ...], onto: tuple[str, ...]):
+        """`x` with a dim of one for each index that it lacks."""
+        for position, index in enumerate(onto):
+            if index not in indices:
+                x = x.unsqueeze(3 + position)
+        return x
+
+    def eye(self, n: int):
+        import torch
+
+        return torch.eye(n, dtype=self.arena.like.dtype, device=self.arena.like.device)
+
+    def row_sum(self, op: RowSum) -> None:
+        import torch
+
+        self.env[op.out.name] = torch.sum(self.env[op.a.name], -1, out=self.target(op.out))
+
+    def new_spans(self, g: Value) -> Spans:
+        x = self.env[g.name]
+        return Spans(x if len(g.dims) > 1 else x.unsqueeze(-1), self.arena)
+
+    def decay(self, op: Decay) -> None:
+        if op.g.name not in self.spans:
+            self.spans[op.g.name] = self.new_spans(op.g)
+        x = self.spans[op.g.name].over(op.span)
+        self.env[op.out.name] = x if len(op.g.dims) > 1 else x.squeeze(-1)
+
+    def gram(self, op: Gram) -> None:
+        if op.g is not None:
+            self.spans[op.g.name] = self.new_spans(op.g)
+        outs = [[self.target(v) for v in row] for row in op.outs]
+        self.env |= {
+            v.name: out for row, values in zip(op.outs, outs, strict=True) for v, out in zip(row, values, strict=True)
+        }
+        readers, writers = ([self.env[v.name] for v in values] for values in (op.readers, op.writers))
+        gram(op, readers, writers, self.spans[op.g.name] if op.g else None, outs, self.arena)
+
+    def interleave(self, op: Interleave) -> None:
+        out = self.env[op.out.name] = self.target(op.out)
+        split = out.unflatten(3, (self.chunk, len(op.parts)))
+        for r, row in enumerate(op.parts):
+            for s, part in enumerate(row):
+                rows = split.select(4, r)
+                rows = rows.unflatten(4, (self.chunk, len(row))).select(5, s) if part.dims == ("C", "C") else rows
+                rows.copy_(self.env[part.name])
+
+    def solve(self, op: SolveTril) -> None:
+        import torch
+
+        a = torch.neg(self.env[op.a.name], out=self.target(op.out))
+        eye = self.eye(a.shape[-1]).expand_as(a)
+        self.env[op.out.name] = torch.linalg.solve_triangular(a, eye, upper=False, unitriangular=True)
+
+    def matmul(self, op: MatMul) -> None:
+        out, add = self.target(op.out), self.env[op.add.name] if op.add else None
+        for a, b, transposed in op.terms:
+            a = self.env[a.name]
+            add = product(a.mT if transposed else a, self.env[b.name], add, out)
+        self.env[op.out.name] = out
+
+
+def overwritten(program: Program) -> tuple[str, ...]:
+    """What the scan makes only to add the state's update to it: that is done in place."""
+    step = next(op for op in program.scan if op.out == program.next_state)
+    made = [op.out for op in program.scan]
+    users = [op for op in program.scan + program.output if step.add in reads(op)]
+    return (step.add.name,) if step.add in made and users == [step] else ()
+
+
+def sizes(arguments, tensors: dict) -> dict[str, int]:
+    """B, T, heads (the most that any argument has), K and V."""
+    found = {"H": 0, "K": 1, "V": 1}
+    for a in arguments:
+        shape = tensors[a.name].shape
+        found["H"] = max(found["H"], shape[2 if a.per_token else 0])
+        if a.per_token:
+            found["B"], found["T"] = shape[:2]
+        if a.axis:
+            found[a.axis] = shape[-1]
+    return found

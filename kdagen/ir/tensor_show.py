@@ -1,0 +1,62 @@
+"""Tensor programs as text: one line an op, with its equation beside it."""
+
+from __future__ import annotations
+
+import sympy
+
+from kdagen.ir.tensor import Decay, Gram, Interleave, Load, Map, MatMul, Op, Program, RowSum, SolveTril, Value, reads
+
+
+def show(program: Program) -> str:
+    """The program, section by section."""
+    state, after, out = (_typed(v) for v in (program.state, program.next_state, program.out))
+    lines = [f"program {program.canonical.name}: {state} -> {after}, {out}"]
+    for section in ("prepare", "scan", "output"):
+        ops = [(_left(op), _right(op), op.eq) for op in getattr(program, section)]
+        lines += ["", f"{section}:"] + [_line(*op) for op in ops]
+    return "\n".join(lines) + "\n"
+
+
+def _line(left: str, right: str, eq: str) -> str:
+    return f"  {left:16} = {right:44} # {eq}".rstrip(" #") if eq else f"  {left:16} = {right}"
+
+
+def _typed(value: Value) -> str:
+    return f"{value.name}[{', '.join(value.dims)}]"
+
+
+def _left(op: Op) -> str:
+    if isinstance(op, Gram):
+        return ", ".join(_typed(v) for row in op.outs for v in row)
+    return _typed(op.out)
+
+
+def _right(op: Op) -> str:
+    match op:
+        case Load():
+            return f"load {op.argument.name}"
+        case Map():
+            elements = {v.symbol: sympy.Symbol(f"{v.name}[{', '.join(i)}]" if i else v.name) for v, i in op.operands}
+            return f"{op.expr.xreplace(elements)}" + (", zero past end" if op.zero_past_end else "")
+        case Decay():
+            return f"decay {op.span.value} of {op.g.name}"
+        case Gram():
+            seen = ", ".join(
+                f"{z.name} {'after' if a else 'before'}" for z, a in zip(op.readers, op.after, strict=True)
+            )
+            kept = [
+                v.name
+                for row, flags in zip(op.outs, op.diagonal, strict=True)
+                for v, f in zip(row, flags, strict=True)
+                if f
+            ]
+            diagonal = f", diagonal kept in {', '.join(kept)}" if kept else ""
+            decayed = f" decayed by {op.g.name}" if op.g else ""
+            return f"gram ({seen}) x ({', '.join(v.name for v in op.writers)}){decayed}{diagonal}"
+        case Interleave():
+            return "interleave " + "; ".join(", ".join(v.name for v in row) for row in op.parts)
+        case MatMul():
+            products = [f"{a.name}{'^T' if t else ''} @ {b.name}" for a, b, t in op.terms]
+            return " + ".join([*([op.add.name] if op.add else []), *products])
+        case RowSum() | SolveTril():
+            return f"{'row sums' if isinstance(op, RowSum) else 'solve_tril'} of {reads(op)[0].name}"
