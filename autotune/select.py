@@ -8,20 +8,23 @@ from kdagen.schedule import DecayForm, Schedule
 from kdagen.target import Target
 
 
-def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> Schedule:
-    """A legal schedule from facts alone: the decay form, the width of the solve, the chip's shared memory."""
+def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, **choices) -> Schedule:
+    """A legal schedule from facts alone: the decay form, the width of the solve, the chip's shared memory.
+
+    `choices` fixes some fields; the others follow from them.
+    """
     rows = max(1, len(canonical.solving))
-    chunk = chunk_size(canonical, dims, dtype, target)
+    chunk = choices.get("chunk_size") or chunk_size(canonical, dims, dtype, target)
     v_tile = 128 if target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128 else 64
     return Schedule(
         chunk_size=chunk,
         decay=decay_form(canonical, chunk, dtype)[0],
         prepare_threads=64 if rows * chunk <= 16 else 128,
         v_tile=v_tile,
-        scan_threads=2 * v_tile,
+        scan_threads=2 * choices.get("v_tile", v_tile),
         stages=2 if target.bulk_copies else 1,
         scan_skeleton="scan_specialised" if target.warp_specialised else "scan_pipelined",
-    )
+    ).replace(**choices)
 
 
 def chunk_size(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> int:

@@ -48,12 +48,14 @@ def compile_op(
     canonical = derive_canonical(recurrence)
     program = chunk_form(canonical)
     if not isinstance(schedule, Schedule):
-        schedule = default_schedule(canonical, dims, dtype, target).replace(**(schedule or {}))
+        schedule = default_schedule(canonical, dims, dtype, target, **(schedule or {}))
     dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
     kernels = lower(program, dims, dtypes, dtype, schedule, target)
     sources = tuple(render(kernel, template_folders) for kernel in kernels)
     arguments = tuple(a.name for a in canonical.arguments)
-    return OpSource(canonical.name, sources, schedule.chunk_size, dims, dtype, schedule.fields(), target.name, arguments)
+    return OpSource(
+        canonical.name, sources, schedule.chunk_size, dims, dtype, schedule.fields(), target.name, arguments
+    )
 
 
 def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[str, str]:

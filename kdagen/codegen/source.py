@@ -22,7 +22,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """One generated TileLang module: `entry()` in `text` returns the PrimFunc, whose parameters are `params` in order."""
+    """A generated TileLang module: its function `name` returns the PrimFunc, which takes `params` in order."""
 
     name: str  # "kda_prepare"; also the entry's name
     family: str  # "prepare", "scan" or "output"

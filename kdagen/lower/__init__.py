@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from kdagen.errors import ScheduleError
+from kdagen.ir.canonical import Canonical
 from kdagen.ir.tensor import Program
 from kdagen.ir.tile import Kernel, verify
+from kdagen.lower.decay import factored_rows
 from kdagen.lower.prepare import argument_buffers, lower_prepare
 from kdagen.lower.scan import SPECIALISED, lower_output, lower_scan
 from kdagen.lower.workspace import Workspace
-from kdagen.schedule import Schedule
+from kdagen.schedule import DecayForm, Schedule
 from kdagen.target import Target
 
 HEAD_DIMS = (64, 128, 256)
@@ -22,6 +24,7 @@ def lower(
     `dims` gives K and V, `dtypes` each argument's dtype, `dtype` that of operands, workspaces and the output.
     """
     _check(dims, schedule, target)
+    _check_decay(program.canonical, schedule, dtype)
     workspace = Workspace(program, schedule.chunk_size, dims, dtype)
     arguments = argument_buffers(program.canonical, dims, dtypes)
     kernels = [lower_prepare(program, workspace, schedule, dtypes), lower_scan(program, workspace, schedule, arguments)]
@@ -42,6 +45,17 @@ def _check(dims: dict[str, int], schedule: Schedule, target: Target) -> None:
     if schedule.stages > 1 and not target.bulk_copies:  # a pipelined loop of unknown length needs a constant wait count
         raise ScheduleError(f"stages {schedule.stages}: {target.name} has no TMA, expected 1")
     if schedule.scan_skeleton == SPECIALISED and not target.warp_specialised:
-        raise ScheduleError(f"scan_skeleton '{SPECIALISED}' needs wgmma, which {target.name} lacks: expected scan_pipelined")
+        raise ScheduleError(
+            f"scan_skeleton '{SPECIALISED}' needs wgmma, which {target.name} lacks: expected scan_pipelined"
+        )
     if schedule.output not in ("fused", "split"):
         raise ScheduleError(f"output '{schedule.output}': expected 'fused' or 'split'")
+
+
+def _check_decay(canonical: Canonical, schedule: Schedule, dtype: str) -> None:
+    rows = factored_rows(canonical.decay_lower, dtype)
+    if schedule.decay == DecayForm.FACTORED and schedule.chunk_size > rows:
+        raise ScheduleError(
+            f"decay 'factored' with chunk_size {schedule.chunk_size}: a gate bounded by {canonical.decay_lower:g} "
+            f"a token allows {rows} rows in {dtype}, expected a smaller chunk_size or decay 'tree'"
+        )

@@ -13,8 +13,8 @@ EXPONENT_RANGE = {"bfloat16": 126, "float32": 126, "float16": 14}
 
 def factored_rows(decay_lower: float, dtype: str = "bfloat16") -> int:
     """Rows of a chunk that one factored product covers: anchored in the middle, n/2 * |bound| * log2(e) < range."""
-    if decay_lower == 0:
-        return 1 << 30
+    if decay_lower in (0, -math.inf):
+        return 1 << 30 if decay_lower == 0 else 0
     return 2 * math.floor(EXPONENT_RANGE[dtype] / (abs(decay_lower) * math.log2(math.e)))
 
 
@@ -30,8 +30,8 @@ def decay_form(canonical: Canonical, chunk_size: int, dtype: str = "bfloat16") -
     rows = factored_rows(lower, dtype)
     if chunk_size <= rows:
         return DecayForm.FACTORED, (
-            f"the gate is bounded by {lower:g} a token: about an anchor row in the middle of the chunk, factors stay below "
-            f"2^{EXPONENT_RANGE[dtype]} for up to {rows} rows, so one product covers {chunk_size}"
+            f"the gate is bounded by {lower:g} a token: about an anchor row in the middle of the chunk, factors stay "
+            f"below 2^{EXPONENT_RANGE[dtype]} for up to {rows} rows, so one product covers {chunk_size}"
         )
     why = (
         "the gate has no lower bound"

@@ -80,7 +80,7 @@ def _plain(block: Block, o: GramOperands) -> None:
 
 
 def _running_sums(block: Block, o: GramOperands) -> None:
-    """through_i = g_0 + .. + g_i, before_i = through_{i-1}, rest_j = g_{j+1} + .. + g_{C-1}, by a serial sum a channel."""
+    """through_i = g_0 + .. + g_i, before_i = through_{i-1}, rest_j = g_{j+1} + .. + g_{C-1}, serially."""
     c = o.chunk
     _sums(block, o)
     first = [("before_s[0, j]", "0.0")] if o.before else []

@@ -210,9 +210,18 @@ class Prepare:
             raise ScheduleError(
                 f"decay form '{form.value}' does not fit: expected {' or '.join(sorted(f.value for f in legal))}"
             )
-        lower_gram(self.block, form, GramOperands(
-            tuple(self.access[v.name] for v in op.readers), tuple(self.access[v.name] for v in op.writers), op.after,
-            any(map(any, op.diagonal)), self.before(op), self.gate(op.g), self.chunk, self.dims["K"], self.dtype))  # fmt: skip
+        operands = GramOperands(
+            readers=tuple(self.access[v.name] for v in op.readers),
+            writers=tuple(self.access[v.name] for v in op.writers),
+            after=op.after,
+            diagonal=any(map(any, op.diagonal)),
+            before=self.before(op),
+            g=self.gate(op.g),
+            chunk=self.chunk,
+            channels=self.dims["K"],
+            dtype=self.dtype,
+        )
+        lower_gram(self.block, form, operands)
         for r, row in enumerate(op.outs):
             for s, out in enumerate(row):
                 self.define(out, self.masked(r, s, op.diagonal[r][s]))

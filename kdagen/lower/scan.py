@@ -185,7 +185,9 @@ class Step:
         skip = f" + T.cast({out.add.name}_s[i, j], 'float32')" if out.add else ""
         return [
             Map((("j", self.tile), ("i", c)), ((f"{staged}[i, j]", f"{self.accumulator(out.out)}[j, i]{skip}"),)),
-            Copy(f"o_out[b, {n} * {c}:{n} * {c} + {c}, h, tile * {self.tile}:tile * {self.tile} + {self.tile}]", staged),
+            Copy(
+                f"o_out[b, {n} * {c}:{n} * {c} + {c}, h, tile * {self.tile}:tile * {self.tile} + {self.tile}]", staged
+            ),
         ]
 
 
@@ -195,7 +197,7 @@ def shared_name(workspace: str) -> str:
 
 
 def lower_scan(program: Program, workspace: Workspace, schedule: Schedule, arguments: dict[str, Buffer]) -> Kernel:
-    """The scan kernel: one block a (V tile, head, sequence), chunk after chunk; writes O itself when output is fused."""
+    """The scan kernel: one block a (V tile, head, sequence), chunk after chunk; writes O too if output is fused."""
     fused = schedule.output == "fused"
     step = Step(program, workspace, schedule, program.scan + (program.output if fused else ()))
     loads = step.loads("n")
@@ -268,7 +270,9 @@ def _store_states(step: Step) -> list[Statement]:
     for value in stored_values(step.program):
         operand, _ = step.left(value)
         cols = _cols(step.workspace, value)
-        stores.append(Copy(f"{value.name}_w[b, h, n, tile * {step.tile}:tile * {step.tile} + {step.tile}, 0:{cols}]", operand))
+        stores.append(
+            Copy(f"{value.name}_w[b, h, n, tile * {step.tile}:tile * {step.tile} + {step.tile}, 0:{cols}]", operand)
+        )
     return stores
 
 
