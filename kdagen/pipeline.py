@@ -42,6 +42,7 @@ def compile_op(
     from kdagen.derive.canonical import canonical as derive_canonical
     from kdagen.derive.chunk import chunk_form
     from kdagen.lower import lower
+    from kdagen.runtime.signature import describe
 
     target = find_target(arch)
     dims = dict(zip("KV", (head_dim, head_dim) if isinstance(head_dim, int) else head_dim))
@@ -54,7 +55,15 @@ def compile_op(
     sources = tuple(render(kernel, template_folders) for kernel in kernels)
     arguments = tuple(a.name for a in canonical.arguments)
     return OpSource(
-        canonical.name, sources, schedule.chunk_size, dims, dtype, schedule.fields(), target.name, arguments
+        canonical.name,
+        sources,
+        schedule.chunk_size,
+        dims,
+        dtype,
+        schedule.fields(),
+        target.name,
+        arguments,
+        describe(recurrence, canonical),
     )
 
 

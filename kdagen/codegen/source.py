@@ -44,6 +44,7 @@ class OpSource:
     schedule: dict
     target: str
     arguments: tuple[str, ...] = ()  # names in the order in which the op takes them; those of `kernels` if empty
+    recurrence: dict | None = None  # what it computes, as kdagen.runtime.signature.describe writes it
 
     def plan(self) -> dict:
         """JSON-able launch plan: tensors once each, kernels with their parameter names."""
@@ -60,6 +61,7 @@ class OpSource:
                     "schedule": self.schedule,
                     "target": self.target,
                     "arguments": arguments,
+                    "recurrence": self.recurrence,
                     "tensors": tensors,
                     "kernels": kernels,
                 }

@@ -1,0 +1,131 @@
+"""What an op takes: its parameters as they are written, the tensors behind them, and the dimensions of these.
+
+A parameter is one tensor, or (kg.Key[n]) a sequence of n. Plain data, also read from a build's manifest: nothing here
+needs sympy, and torch only once tensors are given. Shapes and dtypes are checked in kdagen.runtime.checks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from kdagen.errors import ArgumentError, RecurrenceError
+
+OPTIONS = ("initial_state", "output_final_state")  # what every op takes beside its recurrence's own arguments
+
+
+@dataclass(frozen=True)
+class Signature:
+    """An op's name, its parameters (name, tensors) and the dimensions of each tensor, such as ("B", "T", "H", "K")."""
+
+    name: str
+    parameters: tuple[tuple[str, tuple[str, ...]], ...]
+    dims: dict[str, tuple[str, ...]]
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all tensors, in order."""
+        return tuple(self.dims)
+
+    @cached_property
+    def value(self) -> str:
+        """The tensor whose dtype is the output's: the first with value channels a token."""
+        return next(name for name, dims in self.dims.items() if dims == ("B", "T", "H", "V"))
+
+    @cached_property
+    def key(self) -> str:
+        """A tensor with key channels."""
+        return next(name for name, dims in self.dims.items() if dims[-1] == "K")
+
+    def bind(self, args: tuple, named: dict) -> list:
+        """The tensors in order, from arguments by place or by name; a sequence's may also be named k_1, k_2 .."""
+        given = dict(zip((name for name, _ in self.parameters), args))
+        if len(args) > len(self.parameters) or given.keys() & named.keys():
+            raise self._misfit(given, named, args)
+        given.update(named)
+        flat: dict = {}
+        for name, tensors in self.parameters:
+            if name in given and tensors != (name,):
+                flat.update(zip(tensors, self._sequence(name, tensors, given.pop(name))))
+            flat.update((t, given.pop(t)) for t in tensors if t in given)
+        if given or len(flat) < len(self.dims):
+            raise self._misfit(flat, given, args)
+        for name in self.tensors:
+            self._check_tensor(name, flat[name])
+        return [flat[name] for name in self.tensors]
+
+    def _sequence(self, name: str, tensors: tuple[str, ...], value):
+        """The n tensors of a sequence: a list, or one tensor stacked on the dimension before the heads."""
+        axis = self.dims[tensors[0]].index("H")
+        stacked = [*self.dims[tensors[0]][:axis], len(tensors), *self.dims[tensors[0]][axis:]]
+        expected = f"a list of {len(tensors)}, or one tensor {_brackets(stacked)}"
+        if isinstance(value, (list, tuple)):
+            if len(value) != len(tensors):
+                raise ArgumentError(f"{self.name}: {name} is a list of {len(value)} tensors, expected {expected}")
+            return value
+        self._check_tensor(name, value, expected)
+        if value.dim() != len(stacked) or value.shape[axis] != len(tensors):
+            raise ArgumentError(f"{self.name}: {name} has shape {list(value.shape)}, expected {expected}")
+        return value.unbind(axis)
+
+    def _check_tensor(self, name: str, value, expected: str = "a tensor") -> None:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            fix = " (call torch.as_tensor)" if hasattr(value, "__array__") or isinstance(value, float) else ""
+            raise ArgumentError(f"{self.name}: {name} is a {type(value).__name__}, expected {expected}{fix}")
+
+    def _misfit(self, given: dict, named: dict, args: tuple) -> ArgumentError:
+        names = [name for name, _ in self.parameters]
+        known = {*names, *self.dims}
+        missing = [t for t in self.dims if not {t, self._parameter(t)} & {*given, *named}]
+        problems = {
+            "missing": missing,
+            "given twice:": [name for name in given if name in named],
+            "unknown": [name for name in named if name not in known],
+        }
+        found = [f"{what} {', '.join(which)}" for what, which in problems.items() if which]
+        if len(args) > len(names):
+            found.append(f"got {len(args)} by place")
+        return ArgumentError(f"{self.name} takes {', '.join(names)} ({', '.join(OPTIONS)}): {'; '.join(found)}")
+
+    def _parameter(self, tensor: str) -> str:
+        return next(name for name, tensors in self.parameters if tensor in tensors)
+
+    def __str__(self):
+        return f"{self.name}({', '.join(name for name, _ in self.parameters)})"
+
+
+def _brackets(dims) -> str:
+    return f"[{', '.join(map(str, dims))}]"
+
+
+def describe(recurrence, canonical) -> dict:
+    """A recurrence as a manifest stores it: parameters and canonical form, as plain JSON."""
+    from kdagen.ir.canonical_json import to_json
+
+    return {"parameters": parameters(recurrence), "canonical": to_json(canonical)}
+
+
+def signature(description: dict) -> Signature:
+    """The signature of what `describe` gave."""
+    canonical = description["canonical"]
+    lead = {True: ("B", "T", "H"), False: ("H",)}
+    dims = {a["name"]: lead[a["per_token"]] + tuple(a["axis"]) for a in canonical["arguments"]}
+    return Signature(canonical["name"], tuple((name, tuple(ts)) for name, ts in description["parameters"]), dims)
+
+
+def parameters(recurrence) -> list[list]:
+    """[name, [its tensors]] of each parameter, in order: kg.Key[2] stands for two."""
+    flat, found = [n.value for n in recurrence.inputs], []
+    while flat:
+        role = recurrence.roles.get(flat[0])
+        count = role.count if role else None
+        name = flat[0].rpartition("_")[0] if count else flat[0]
+        found.append([name, flat[: count or 1]])
+        flat = flat[count or 1 :]
+    if taken := [name for name, _ in found if name in OPTIONS]:
+        raise RecurrenceError(
+            f"recurrence '{recurrence.name}': every op takes {' and '.join(OPTIONS)} already: rename {', '.join(taken)}"
+        )
+    return found
