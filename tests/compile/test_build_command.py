@@ -1,0 +1,81 @@
+"""`kdagen build` on recurrences: the flagship within its budget, and one that the user wrote in a file of their own."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from kdagen import cli
+from kdagen.build import toolchain
+from kdagen.runtime import manifest
+from kdagen.target import target
+
+pytestmark = pytest.mark.nvcc
+USERS = """
+import kdagen as kg
+
+@kg.recurrence
+def leaky(S, q, k, v, rate):
+    S = kg.exp(-kg.softplus(rate)) * S + kg.outer(k, v)
+    return S, S.T @ q
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the user's file, and a cache for this module."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "mine.py").write_text(USERS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDAGEN_CACHE_DIR", str(folder / "cache"))
+        patch.chdir(folder)
+        yield folder
+
+
+def build(*options) -> str:
+    result = CliRunner().invoke(cli.main, ["build", "--arch", "sm90", *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def kda(workplace) -> dict:
+    output = build("--op", "kda")
+    assert "use:  from kdagen_ops import kda" in output
+    assert "warning" not in output
+    return manifest.read(workplace / "kdagen_ops" / "kda" / "sm90-bf16-128x128")
+
+
+def test_kda_on_sm90_keeps_to_its_budget(kda):
+    for kernel in kda["kernels"]:
+        assert kernel["spill_stores"] == kernel["spill_loads"] == 0
+        assert kernel["shared_bytes"] + kernel["static_shared_bytes"] <= target("sm90").shared_bytes
+        assert kernel["warnings"] == []  # C7512: wgmma serialised
+
+
+def test_kda_on_sm90_uses_tensor_cores_in_every_kernel(kda, workplace):
+    prepare, *_, scan = kda["kernels"]
+    folder = workplace / "kdagen_ops" / "kda" / "sm90-bf16-128x128"
+    assert "mma" in (folder / prepare["code"]).read_text()
+    assert "wgmma" in (folder / scan["code"]).read_text()
+    if toolchain.has_disassembler():
+        assert scan["sass"]["HGMMA"] > 0 == scan["sass"]["HMMA"]
+        assert scan["sass"]["UTMALDG"] > 0 and scan["sass"]["LDL"] == scan["sass"]["STL"] == 0
+
+
+def test_a_second_run_compiles_nothing(kda, workplace):
+    output = build("--op", "kda")
+    assert output.count("cached") == len(kda["kernels"])
+    assert manifest.read(workplace / "kdagen_ops" / "kda" / "sm90-bf16-128x128") == kda
+
+
+def test_a_recurrence_from_a_file_joins_the_folder(kda, workplace):
+    output = build("--op", "mine.py:leaky", "--head-dim", "64", "--dtype", "float16")
+    assert "use:  from kdagen_ops import leaky" in output
+    code = "import kdagen_ops as ops; print(ops.kda); print(ops.leaky)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [
+        "kda(q, k, v, g, beta) built for sm90-bf16-128x128",
+        "leaky(q, k, v, rate) built for sm90-fp16-64x64",
+    ], run.stderr
