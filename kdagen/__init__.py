@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import importlib
 
+from kdagen import errors
 from kdagen.recurrence import Recurrence, load, recurrence
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "compile": "kdagen.runtime.op",
-    "KdagenError": "kdagen.errors",
-    "RecurrenceError": "kdagen.errors",
-    "ArgumentError": "kdagen.errors",
-    "ScheduleError": "kdagen.errors",
-    "TargetError": "kdagen.errors",
-    "ToolchainError": "kdagen.errors",
-    "ArtefactError": "kdagen.errors",
     "abs": ("kdagen.language.vocabulary", "abs_"),
     "sum": ("kdagen.language.vocabulary", "sum_"),
 }
@@ -30,6 +24,7 @@ _MODULES = {
     ),
     "kdagen.language.annotations": "Key Value Channel Scalar HeadParameter ChannelParameter ValueParameter",
 }
+_WHERE |= {name: "kdagen.errors" for name in vars(errors) if name.endswith("Error")}
 _WHERE |= {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = ["Recurrence", "load", "recurrence", "zoo", *_WHERE]

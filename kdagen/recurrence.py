@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kdagen.errors import RecurrenceError
 from kdagen.language.annotations import Role, role_of
-from kdagen.language.node import Node
+from kdagen.language.node import Node, equations
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,13 @@ class Recurrence:
 
         return infer(self).arguments
 
+    @property
+    def equations(self) -> list[tuple[str, str]]:
+        """What the body computes, one (name, text) a line; the last two are S' and o."""
+        from kdagen.derive.roles import infer
+
+        return equations(self.new_state, self.output, infer(self).axes)
+
     def bind(self, **constants) -> Recurrence:
         """The same recurrence with other compile-time constants: `kda_bounded.bind(lower_bound=-8.0)`."""
         if unknown := sorted(set(constants) - set(self.constants)):
@@ -51,22 +58,24 @@ class Recurrence:
 
     def __str__(self):
         names = ", ".join([str(self.state), *map(str, self.inputs)])
-        return f"{self.name}({names}):\n    {self.state}' = {self.new_state}\n    o = {self.output}"
+        return f"{self.name}({names}):" + "".join(f"\n    {name} = {text}" for name, text in self.equations)
 
 
 def recurrence(body=None, *, name: str | None = None):
     """Records `body(S, q, k, v, ...) -> (new state, output)`; parameters with a default are compile-time constants."""
-    scope = dict(sys._getframe(1).f_locals) if body is None or body.__closure__ or _textual(body) else {}
+    scope = dict(sys._getframe(1).f_locals)  # annotations that are text may use names of the enclosing function
     if body is None:
         return lambda b: _record(b, name or b.__name__, {}, scope)
+    if not inspect.isfunction(body):
+        raise RecurrenceError(
+            f"a {type(body).__name__} was given where a function of the state and inputs was expected"
+        )
     return _record(body, name or body.__name__, {}, scope)
 
 
-def _textual(body) -> bool:
-    return any(isinstance(a, str) for a in body.__annotations__.values())
-
-
 def _record(body, name: str, constants: dict, scope: dict) -> Recurrence:
+    if not name.isidentifier():
+        raise RecurrenceError(f"recurrence '{name}': the name must be an identifier: use def, or recurrence(name=...)")
     try:
         recorded = _run(body, name, constants, scope)
         from kdagen.derive.roles import infer
@@ -144,8 +153,11 @@ def load(spec: str | Recurrence) -> Recurrence:
     listed = ", ".join(found) or "none: decorate a function with @kdagen.recurrence"
     if attribute and hasattr(module, attribute):
         kind = type(getattr(module, attribute)).__name__
-        raise RecurrenceError(f"'{attribute}' in {path} is a {kind}, not a recurrence. Recurrences there: {listed}")
-    what = f"no '{attribute}'" if attribute else "more than one recurrence, or none: name one as file.py:name"
+        raise RecurrenceError(
+            f"'{attribute}' in {path} is of type {kind}, not a recurrence. Recurrences there: {listed}"
+        )
+    what = f"no '{attribute}'" if attribute else "more than one recurrence: name one as file.py:name"
+    what = what if found else "no recurrence"
     raise RecurrenceError(f"{path} has {what}. Recurrences there: {listed}")
 
 

@@ -213,11 +213,13 @@ class _Inference:
         return " or ".join(LABELS[t] for t in (*VECTORS, *MATRICES) if t in self.open[node])
 
     def _contradiction(self, node: Node) -> str:
-        facts = [f"'{p}' is {self._label(p)}" + self._why(p) for p in dict.fromkeys((*node.args, node))]
-        return f"axes do not fit in '{node}' ({node.line}): {'; '.join(facts)}. {self._hint(node)}"
+        known = [p for p in dict.fromkeys((*node.args, node)) if len(self.open[p]) <= 2]
+        facts = "; ".join(f"'{p}' is {self._label(p)}{self._why(p)}" for p in known)
+        return f"axes do not fit in '{node}' ({node.line}): {facts}. {self._hint(node)}"
 
     def _why(self, node: Node) -> str:
-        return f" ({self.reason[node]})" if node in self.reason and node.op != "state" else ""
+        """Where its axis comes from, unless it is plain to see."""
+        return f" ({self.reason[node]})" if node in self.reason and not node.args and node.op != "state" else ""
 
     def _hint(self, node: Node) -> str:
         kinds = [self.open[a] for a in node.args]
@@ -227,8 +229,12 @@ class _Inference:
                 "The state is K x V: a read is S.T @ x and a decay kg.diag(d) @ S. What multiplies it from the right "
                 "acts on its value channels, and value-side decay is outside the family"
             )
-        if node.op == "matmul" and matrices[1]:
-            return "A K x K operator is kg.diag(d) plus rank-one terms such as kg.outer(b, a), never an argument"
+        if node.op in ("matmul", "add", "sub") and any(matrices):
+            return (
+                "Arguments are vectors and scalars, never matrices, and there is one matrix state: a write is "
+                "kg.outer(key, value), and a K x K operator on the state is kg.diag(d) plus rank-one terms such as "
+                "kg.outer(b, a)"
+            )
         if node.op in ("mul", "div") and any(matrices):
             return "Only a scalar may multiply a matrix: to scale the rows of the state write kg.diag(d) @ S"
         if node.op == "transpose":

@@ -109,6 +109,8 @@ def merge_values(writes: dict[int, Write], output: Form, linear: Linear) -> tupl
 
 def as_read(form: Form, seen: dict[int, Write], writes: dict[int, Write], linear: Linear) -> Form:
     """`form` as a read of the state that `seen` have updated, where that is what it is when written out."""
+    if form.refs.keys() == seen.keys() or _size(form, writes) > LONGEST:
+        return form
     d = linear.new_state.d
     full = _expand(form, writes)
     z = linear.renamed(full.z)
@@ -120,6 +122,18 @@ def as_read(form: Form, seen: dict[int, Write], writes: dict[int, Write], linear
     rest = full + _expand(read, writes) * sympy.S.NegativeOne
     shorter = len(terms(rest.y)) + len(terms(by)) < len(terms(full.y)) + len(terms(full.z))
     return read + Form(rest.y) if linear.spelled(rest.z) == 0 and shorter else form
+
+
+LONGEST = 200  # terms, beyond which nothing is written out: each step of a product of operators may double them
+
+
+def _size(form: Form, writes: dict[int, Write]) -> int:
+    """How many terms the form would have when written out, or more than is bearable."""
+    total = len(terms(form.y)) + len(terms(form.z))
+    for n, c in form.refs.items():
+        if total <= LONGEST:
+            total += len(terms(c)) * _size(writes[n].p, writes)
+    return total
 
 
 def _expand(form: Form, writes: dict[int, Write]) -> Form:

@@ -36,7 +36,7 @@ class Node:
         return make("add", self, other)
 
     def __radd__(self, other):
-        return make("add", other, self)
+        return self if other == 0 else make("add", other, self)  # python's sum starts from 0, whatever it adds
 
     def __sub__(self, other):
         return make("sub", self, other)
@@ -182,24 +182,57 @@ def _check_linear(node: Node) -> None:
     )
 
 
-def _text(node: Node, outer: int = 0, depth: int = 8) -> str:
+def _text(node: Node, outer: int = 0, names: dict[Node, str] | None = None, depth: int = 8) -> str:
+    """Infix text; nodes in `names` by their name, what lies deeper than `depth` left out."""
+
+    def part(n, rank):
+        return _text(n, rank, names, depth - 1)
+
+    if names and node in names:
+        return names[node]
     if node.op in ("argument", "state"):
         return str(node.value)
     if node.op == "constant":
-        return f"({node.value:.6g})" if node.value < 0 and outer else f"{node.value:.6g}"
+        return f"({node.value:.6g})" if node.value < 0 and outer > 2 else f"{node.value:.6g}"
     if not depth:
         return "..."
     if node.op == "transpose":
-        return f"{_text(node.args[0], 9, depth - 1)}.T"
+        return f"{part(node.args[0], 9)}.T"
     if node.op == "neg":
-        text, rank = f"-{_text(node.args[0], 2, depth - 1)}", 1
+        text, rank = f"-{part(node.args[0], 2)}", 2
     elif node.op in INFIX:
         sign, rank = INFIX[node.op]
-        right = rank + (node.op not in ("add", "mul"))
-        text = f"{_text(node.args[0], rank, depth - 1)} {sign} {_text(node.args[1], right, depth - 1)}"
+        right = part(node.args[1], rank + (node.op not in ("add", "mul")))
+        text = f"{part(node.args[0], rank)} {sign} {right}"
     else:
-        return f"{node.op}({', '.join(_text(a, 0, depth - 1) for a in node.args)})"
+        return f"{node.op}({', '.join(part(a, 0) for a in node.args)})"
     return f"({text})" if rank < outer else text
+
+
+def equations(new_state: Node, output: Node, axes: dict[Node, str]) -> list[tuple[str, str]]:
+    """What a body computes, line by line: what is used twice by name (S1 matrices, u1 vectors), then S' and o."""
+    users: dict[Node, set[Node]] = {}
+    order: dict[Node, None] = {}
+
+    def visit(node):
+        for a in node.args:
+            users.setdefault(a, set()).add(node)
+            if a not in order:
+                visit(a)
+        order[node] = None
+
+    visit(new_state)
+    if output not in order:
+        visit(output)
+    names: dict[Node, str] = {}
+    lines = []
+    for node in order:
+        between = node.holds_state and node.op in ("add", "sub", "mul", "matmul") and len(users.get(node, ())) > 1
+        if node is new_state or between and node is not output:
+            name = "S'" if node is new_state else f"{'S' if axes[node] == 'KV' else 'u'}{len(names) + 1}"
+            lines.append((name, _text(node, 0, names)))
+            names[node] = name
+    return [*lines, ("o", _text(output, 0, names))]
 
 
 def _user_line() -> str:
