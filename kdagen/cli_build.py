@@ -9,6 +9,11 @@ import click
 
 from kdagen import debug
 from kdagen.errors import ArgumentError
+from kdagen.target import TARGETS
+
+ARCHS = (
+    ", ".join(t.name if t.compiles else f"{t.name} (source only)" for t in TARGETS.values()) + "; several: sm80,sm90."
+)
 
 
 class Several(click.ParamType):
@@ -42,7 +47,7 @@ def choices(texts: tuple[str, ...]) -> dict:
     type=Several(),
     multiple=True,
     required=True,
-    help="sm80, sm89, sm90, sm100, sm120 or gfx942 (source only); several: sm80,sm90.",
+    help=ARCHS,
 )
 @click.option(
     "--op",

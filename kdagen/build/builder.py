@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache as once
@@ -124,6 +125,7 @@ def _manifest(source, kernels: list[dict]) -> dict:
         "name": source.name,
         "digest": manifests.digest(source),
         "target": {"name": gpu.name, "arch": gpu.arch, "runs_on": list(gpu.runs_on), "compiled": gpu.compiles},
+        "host": platform.machine() if gpu.compiles else None,
         "versions": versions,
         "plan": source.plan(),
         "kernels": kernels,

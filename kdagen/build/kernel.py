@@ -50,7 +50,10 @@ def compile_kernel(job: Job, folder: Path, say: Callable[[str], None] = lambda s
     module = folder / f"{job.name}.py"
     module.write_text(job.text)
     say("lowering")
-    lowered = adapter.lower(adapter.trace(job.text, job.name, str(module)), gpu)
+    try:
+        lowered = adapter.lower(adapter.trace(job.text, job.name, module.name), gpu)
+    except ToolchainError as error:
+        raise ToolchainError(f"{error} (the module: {toolchain.keep_failed(module) / module.name})") from error
     _check_tensors(job, lowered)
     check_threads(job, lowered)
     check_shared(job, gpu, lowered.shared_bytes)

@@ -9,6 +9,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -60,9 +61,10 @@ class Worker:
 
     def __init__(self, cache_root: Path):
         command = [sys.executable, "-m", "kdagen.build.worker", str(cache_root)]
-        stderr = None if debug.level() else subprocess.DEVNULL
+        self.stderr = None if debug.level() else tempfile.TemporaryFile("w+", errors="replace")
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+            command, stdin=pipe, stdout=pipe, stderr=self.stderr, text=True, start_new_session=True
         )
 
     def run(self, key: str, job: Job, say: Callable[[str, str], None]) -> None:
@@ -81,9 +83,16 @@ class Worker:
             say(key, "done")
             return
         raise errors.ToolchainError(
-            f"the process that compiled {job.name} died with exit status {self.process.wait()} "
-            f"(out of memory?): try fewer jobs (--jobs 1), or KDAGEN_DEBUG=1 to see what it printed"
+            f"the process that compiled {job.name} died with exit status {self.process.wait()}{self._last_words()}: "
+            f"if memory ran out, try fewer jobs (--jobs 1); KDAGEN_DEBUG=1 shows all it prints"
         )
+
+    def _last_words(self) -> str:
+        if self.stderr is None:
+            return ""
+        self.stderr.seek(0)
+        lines = [line.strip() for line in self.stderr if line.strip()]
+        return f" ({lines[-1]})" if lines else ""
 
     def end(self) -> None:
         """Ends the process and the compilers under it; what they were making is not in the cache."""

@@ -112,7 +112,7 @@ def compile_cubin(source: Path, arch: str) -> dict:
     )
     log.write_text(run.stdout + run.stderr)
     if run.returncode:
-        kept = _keep_failed(source, log)
+        kept = keep_failed(source, log)
         raise ToolchainError(
             f"nvcc {nvcc.version} failed on {source.name} for {arch}: {first_error(run.stdout + run.stderr)} "
             f"(full log {kept / log.name}, source {kept / source.name})"
@@ -120,7 +120,7 @@ def compile_cubin(source: Path, arch: str) -> dict:
     return ptxas_report(run.stderr)
 
 
-def _keep_failed(*files: Path) -> Path:
+def keep_failed(*files: Path) -> Path:
     """Copies what a failed compilation leaves to where it stays."""
     folder = debug.cache_dir() / "failed"
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import platform
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,9 @@ def evaluate(size: int | str, dims: dict[str, int]) -> int:
                 return _OPERATORS[type(op)](value(left), value(right))
         raise ArtefactError(f"cannot read the size '{size}' of a launch plan: expected names, integers, +, -, * and //")
 
-    return size if isinstance(size, int) else value(ast.parse(size, mode="eval").body)
+    if isinstance(size, int) or size in dims:
+        return size if isinstance(size, int) else dims[size]
+    return value(ast.parse(size, mode="eval").body)
 
 
 class LoadedOp:
@@ -56,7 +59,17 @@ class LoadedOp:
 
         if not kernel["library"]:
             raise ArtefactError(f"{self.folder} holds source only: kdagen does not compile for {self.plan['target']}")
-        return tvm_ffi.load_module(str(self.folder / kernel["library"]))[kernel["name"]]
+        path, host = self.folder / kernel["library"], self.manifest["host"]
+        if host != platform.machine():
+            raise ArtefactError(
+                f"{path} was built for {host} hosts, this one is {platform.machine()}: build it on such a host"
+            )
+        try:
+            return tvm_ffi.load_module(str(path))[kernel["name"]]
+        except Exception as error:  # what dlopen says arrives as one of several types
+            raise ArtefactError(
+                f"{path} does not load here: {_first_line(error)}: build it on a host like this one"
+            ) from None
 
     @cached_property
     def by_role(self) -> dict[str, str]:
@@ -99,9 +112,9 @@ class LoadedOp:
         dtype, device, zero)` makes the rest; torch by default.
         """
         allocate = allocate or _allocate
+        tensors = {name: t for name, t in tensors.items() if t is not None}
         dims = self.dims(tensors)
         device = next(iter(tensors.values())).device
-        tensors = {name: t for name, t in tensors.items() if t is not None}
         for name, spec in self.plan["tensors"].items():
             if name not in tensors and (spec["role"] in ALLOCATED or spec["role"] == "initial_state"):
                 zero = spec["role"] == "initial_state"

@@ -1,6 +1,7 @@
 """A whole build of the toy op: TileLang, nvcc, the launcher, the folder; then loading it with none of them."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def test_a_build_leaves_sources_libraries_and_a_manifest(built):
     prepare, scan = found["kernels"]
     assert found["plan"] == toy.toy().plan()
     assert found["target"] == {"name": "sm90", "arch": "sm_90a", "runs_on": ["9.0"], "compiled": True}
+    assert found["host"] == platform.machine()
     assert set(found["versions"]) == {"kdagen", "tilelang", "nvcc"}
     assert (prepare["grid"], prepare["block"]) == (["NC", "H", "B"], [64, 1, 1])
     assert (scan["grid"], scan["block"]) == (["H", "B", "1"], [256, 1, 1])  # a producer warpgroup on top

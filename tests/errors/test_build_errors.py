@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import sys
 from types import SimpleNamespace
@@ -167,8 +168,16 @@ def test_nvcc_and_tilelang_fail_in_the_worker(tmp_path, monkeypatch):
 def test_a_worker_that_dies(tmp_path, monkeypatch):
     worker = pool.Worker(tmp_path)
     worker.end()
-    with raises(ToolchainError, "the process that compiled toy_scan died with exit status -9 (out of memory?)"):
+    with raises(ToolchainError, "the process that compiled toy_scan died with exit status -9: if memory ran out, try"):
         worker.run("k", JOB, print)
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "dataclasses.py").write_text("raise ImportError('no dataclasses here')")
+    worker = pool.Worker(tmp_path)
+    with raises(ToolchainError, "died with exit status 1 (ImportError: no dataclasses here): if memory ran out"):
+        worker.run("k", job_of(toy.toy().kernels[0], toy.toy()), lambda *_: None)
 
 
 def test_a_bug_in_a_worker_is_called_one(tmp_path, monkeypatch):
@@ -199,6 +208,7 @@ def folder(tmp_path):
         place,
         {
             "digest": manifest.digest(source),
+            "host": platform.machine(),
             "target": {"name": "sm90", "runs_on": ["9.0"]},
             "plan": source.plan(),
             "kernels": [{"name": k.name, "library": f"{k.name}.so"} for k in source.kernels],
@@ -238,6 +248,19 @@ def test_a_missing_library(folder):
         ArtefactError, "toy_scan.so is missing although manifest.json lists it: rebuild it with `kdagen build`"
     ):
         loader.load_op(folder)
+
+
+def test_a_library_that_is_none(folder):
+    with pytest.raises(ArtefactError, match=r"toy_prepare.so does not load here: .*: build it on a host like this one"):
+        loader.load_op(folder).functions()
+
+
+def test_a_library_for_another_host(folder, monkeypatch):
+    monkeypatch.setattr(loader.platform, "machine", lambda: "riscv64")
+    with pytest.raises(
+        ArtefactError, match="toy_prepare.so was built for .* hosts, this one is riscv64: build it on such"
+    ):
+        loader.load_op(folder).functions()
 
 
 def test_an_op_without_kernels(tmp_path):

@@ -1,5 +1,6 @@
 """Launching from a manifest: shapes from the plan, kernels in order, the variant that fits. The kernels are Python."""
 
+import platform
 import threading
 
 import pytest
@@ -21,7 +22,14 @@ def write_variant(folder, source):
     target = {"name": source.target, "runs_on": RUNS_ON[source.target]}
     manifest.write(
         place,
-        {"name": source.name, "digest": manifest.digest(source), "target": target, "plan": plan, "kernels": kernels},
+        {
+            "name": source.name,
+            "host": platform.machine(),
+            "digest": manifest.digest(source),
+            "target": target,
+            "plan": plan,
+            "kernels": kernels,
+        },
     )
     return place
 
