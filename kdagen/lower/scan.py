@@ -178,17 +178,18 @@ class Step:
             copies.append(Copy(f"{tile}[{s * c}:{(s + 1) * c}, 0:{self.tile}]" if len(parts) > 1 else tile, source))
         return copies
 
-    def store_output(self, n: str) -> list[Statement]:
-        """O' transposed into shared memory, the skip term added, and out to global memory."""
+    def stage_output(self) -> Map:
+        """O' transposed into shared memory, the skip term added."""
         c, out = self.chunk, self.products[self.program.out.name]
         staged = self.block.shared("o", c, self.tile, dtype=self.workspace.dtype)
         skip = f" + T.cast({out.add.name}_s[i, j], 'float32')" if out.add else ""
-        return [
-            Map((("j", self.tile), ("i", c)), ((f"{staged}[i, j]", f"{self.accumulator(out.out)}[j, i]{skip}"),)),
-            Copy(
-                f"o_out[b, {n} * {c}:{n} * {c} + {c}, h, tile * {self.tile}:tile * {self.tile} + {self.tile}]", staged
-            ),
-        ]
+        value = f"{self.accumulator(out.out)}[j, i]{skip}"
+        return Map((("j", self.tile), ("i", c)), ((f"{staged}[i, j]", value),), eq=f"{out.out.name}, tokens in rows")
+
+    def store_output(self, n: str) -> Copy:
+        """The staged output to its place, rows past the end left out."""
+        rows, columns = f"{n} * {self.chunk}", f"tile * {self.tile}"
+        return Copy(f"o_out[b, {rows}:{rows} + {self.chunk}, h, {columns}:{columns} + {self.tile}]", "o_s")
 
 
 def shared_name(workspace: str) -> str:
@@ -204,9 +205,11 @@ def lower_scan(program: Program, workspace: Workspace, schedule: Schedule, argum
     if not fused:
         step.left(program.state)
     body = step.lower()
+    stores = [step.stage_output(), step.store_output("n")] if fused else _store_states(step)
+    if fused and step.products[program.out.name].add:  # the skip term is one of the chunk's tiles
+        body.append(stores.pop(0))
     if schedule.scan_skeleton == SPECIALISED:
         body = insert_waits(body)
-    stores = step.store_output("n") if fused else _store_states(step)
     tile, k = schedule.v_tile, workspace.dims["K"]
     whole = (("i", tile), ("j", k))
     return Kernel(
@@ -237,7 +240,7 @@ def lower_output(program: Program, workspace: Workspace, schedule: Schedule, arg
         shared = step.block.shared(value.name, tile, cols, dtype=workspace.dtype)
         loads.append(Copy(shared, f"{value.name}_w[b, h, n, tile * {tile}:tile * {tile} + {tile}, 0:{cols}]"))
     body = step.lower()
-    stores = step.store_output("n")
+    stores = [step.stage_output(), step.store_output("n")]
     return Kernel(
         name=f"{program.canonical.name}_output",
         family="output",
