@@ -63,7 +63,8 @@ class Recurrence:
 
 def recurrence(body=None, *, name: str | None = None):
     """Records `body(S, q, k, v, ...) -> (new state, output)`; parameters with a default are compile-time constants."""
-    scope = dict(sys._getframe(1).f_locals)  # annotations that are text may use names of the enclosing function
+    caller = sys._getframe(1)  # annotations that are text may use names of an enclosing function
+    scope = {} if caller.f_locals is caller.f_globals else dict(caller.f_locals)
     if body is None:
         return lambda b: _record(b, name or b.__name__, {}, scope)
     if not inspect.isfunction(body):

@@ -64,14 +64,17 @@ def log_decay(linear: Linear) -> sympy.Expr:
 
 
 def _log(exponent, linear):
-    """The logarithm of one decay factor."""
-    base = linear.decays.get(exponent)
-    if base is None:
-        return exponent
+    """The exponent of one decay factor; for one that was not written as exp, its logarithm."""
+    return _log_of(linear.decays[exponent], linear) if exponent in linear.decays else exponent
+
+
+def _log_of(base, linear):
     if isinstance(base, sigmoid):
         return -softplus(-base.args[0])
     if isinstance(1 - base, sigmoid):
         return -softplus(*(1 - base).args)
+    if base.is_Pow and not base.exp.is_number:
+        return base.exp * _log_of(base.base, linear)
     parameter = any(a.symbol == base and not a.per_token and a.lower is None for a in linear.arguments)
     if not parameter and interval(base, linear.arguments)[0] < 0:
         raise RecurrenceError(

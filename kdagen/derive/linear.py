@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from kdagen.derive.forms import L2Norm, channel_sum, monomial, normal, product, sign_of, split, terms
+from kdagen.derive.forms import L2Norm, channel_sum, monomial, normal, sign_of, split, terms
 from kdagen.derive.roles import infer
 from kdagen.errors import RecurrenceError
 from kdagen.ir.functions import axis_of, sigmoid, softplus
@@ -222,8 +222,13 @@ class Linear:
         size = abs(number)
         if size != 1:
             factors = {**factors, size: sympy.S.One}
-        named = {b if isinstance(b, sympy.exp) else sympy.exp(self._name(b)): e for b, e in factors.items()}
-        return product(sympy.sign(number), named)
+        named = [self._exponential(b, e) for b, e in factors.items()]
+        return sympy.Mul(sympy.sign(number), *named)
+
+    def _exponential(self, base, e) -> sympy.Expr:
+        if isinstance(base, sympy.exp):
+            return sympy.exp(base.args[0] * e)
+        return sympy.exp(self._name(base) * e) if e.is_number else sympy.exp(self._name(base**e))
 
     def _name(self, base) -> sympy.Symbol:
         symbol = sympy.Symbol(f"log({base})", real=True)

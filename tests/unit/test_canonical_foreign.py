@@ -162,6 +162,19 @@ def constant_decay(S, q, k, v, beta, rate=0.97):
 
 
 @case(1, 1)
+def powers_of_a_constant(S, q, k, v, beta, dt: kg.Scalar(lower=0.0)):
+    S = 0.97**dt * S
+    S = S + kg.outer(k, beta * (v - S.T @ k))
+    return S, S.T @ q
+
+
+@case(0, 1)
+def powers_of_an_input(S, q, k, v, r: kg.Channel(lower=0.0, upper=1.0), masked: kg.Scalar(lower=0.0, upper=1.0)):
+    S = masked * kg.diag(r ** kg.softplus(masked)) @ kg.diag(kg.sqrt(r)) @ S + kg.outer(k, v)
+    return S, S.T @ q
+
+
+@case(1, 1)
 def clamped_gate(S, q, k, v, g, beta, A_log, dt_bias):
     g = kg.maximum(-kg.exp(A_log) * kg.softplus(g + dt_bias), -5.0)
     S = kg.diag(kg.exp(g)) @ S
