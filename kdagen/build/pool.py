@@ -61,7 +61,7 @@ class Worker:
 
     def __init__(self, cache_root: Path):
         command = [sys.executable, "-m", "kdagen.build.worker", str(cache_root)]
-        self.stderr = None if debug.level() else tempfile.TemporaryFile("w+", errors="replace")
+        self.stderr = None if debug.level() else tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (lives as the worker does)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=self.stderr, text=True, start_new_session=True
