@@ -77,8 +77,9 @@ class Lowered:
 
 def trace(text: str, entry: str, filename: str):
     """The PrimFunc that `entry()` of the generated module `text` returns."""
-    # TileLang reads a function's source through linecache.
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    # TileLang reads a function's source through linecache, and speaks of it by its absolute name.
+    for name in (filename, os.path.abspath(filename)):
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), filename)
     with _tilelang(f"tracing {entry} in {filename}"):
         module = {"__name__": entry, "__file__": filename}
         exec(compile(text, filename, "exec", dont_inherit=True), module)  # annotations are values
@@ -125,15 +126,27 @@ def specialised(prim_func, target: Target):
 
 def is_specialised(prim_func) -> bool:
     """Whether the branches of a PrimFunc are warp roles, as `specialised` leaves them."""
+    return bool(nodes(prim_func.body, lambda n: type(n).__name__ == "AttrStmt" and str(n.attr_key) in ROLE_MARKS))
+
+
+def nodes(tree, wanted) -> list:
+    """The nodes of a TVM statement or expression that `wanted` accepts, children first."""
     from tvm.tirx.stmt_functor import post_order_visit
 
     found = []
-    post_order_visit(prim_func.body, lambda n: found.append(n) if _is_role_mark(n) else None)
-    return bool(found)
+    post_order_visit(tree, lambda n: found.append(n) if wanted(n) else None)
+    return found
 
 
-def _is_role_mark(node) -> bool:
-    return type(node).__name__ == "AttrStmt" and str(node.attr_key) in ROLE_MARKS
+def source_line(statement) -> str:
+    """'file:line: text' of the TileLang statement that a TVM statement comes from; "" if it is not known."""
+    from tilelang.ir import get_stmt_span
+
+    span = get_stmt_span(statement)
+    if span is None:
+        return ""
+    name = str(span.source_name.name)
+    return f"{os.path.basename(name)}:{span.line}: {linecache.getline(name, span.line).strip()}"
 
 
 def _name(prim_func) -> str:
@@ -211,12 +224,13 @@ def _tilelang(doing: str):
     except Exception as error:
         if debug.level():
             raise ToolchainError(f"{doing}: {error}") from error
-        raise ToolchainError(f"{doing}: {_last_line(error)} (KDAGEN_DEBUG=1 shows TileLang's trace)") from None
+        raise ToolchainError(f"{doing}: {_gist(error)} (KDAGEN_DEBUG=1 shows TileLang's trace)") from None
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _gist(error: Exception) -> str:
+    """The line of a long message that says what failed; the rest quotes source and stack."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "Check failed" in line), lines[-1])
 
 
 @contextlib.contextmanager

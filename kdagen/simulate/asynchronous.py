@@ -58,6 +58,15 @@ class Wait:
         return f"waits for parity {self.parity} of {b.name} ({state})"
 
 
+class Late:
+    """A role stands here as long as it likes: what comes next may happen at once, or after all else."""
+
+    over = True
+
+
+LATE = Late()
+
+
 @dataclass
 class Flight:
     """A wgmma that was issued and not yet waited for."""
@@ -73,13 +82,13 @@ class Flight:
 class Role(Frame):
     """A range of threads that takes the same branches: a frame with its own registers."""
 
-    __slots__ = ("first", "threads", "block_state", "flights", "waiting", "steps")
+    __slots__ = ("first", "threads", "transfers", "flights", "waiting", "steps")
 
-    def __init__(self, f: Frame, first: int, last: int, block_state):
+    def __init__(self, f: Frame, first: int, last: int, transfers: list):
         super().__init__(dict(f.env), dict(f.buffers), f.shared, f.block, f.statistics)
-        self.first, self.threads, self.block_state = first, last - first, block_state
+        self.first, self.threads, self.transfers = first, last - first, transfers
         self.flights: list[Flight] = []
-        self.waiting: Wait | None = None
+        self.waiting: Wait | Late | None = None
 
     @property
     def ready(self) -> bool:
@@ -113,7 +122,7 @@ def tma_copy(compiler, call):
             mine.in_flight -= 1
             mine.settle()
 
-        f.block_state.transfers.append(land)
+        f.transfers.append(land)
         if arrives:
             mine.arrive(1)
 

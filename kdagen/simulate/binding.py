@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kdagen.build import adapter
 from kdagen.errors import ArgumentError
 from kdagen.simulate.expressions import Expressions
 from kdagen.simulate.memory import Frame, Statistics, dtype_of
@@ -64,9 +65,4 @@ def _value(expression, env: dict, name: str) -> int:
 
 
 def _variables(expression) -> list:
-    from tvm import tirx
-    from tvm.tirx.stmt_functor import post_order_visit
-
-    found = []
-    post_order_visit(expression, lambda n: found.append(n) if isinstance(n, tirx.Var) and n not in found else None)
-    return found
+    return list(dict.fromkeys(adapter.nodes(expression, lambda n: type(n).__name__ == "Var")))

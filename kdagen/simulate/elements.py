@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from kdagen.build import adapter
 from kdagen.simulate.memory import Frame, Handle, note_read, note_write, rounded
 
 
@@ -83,15 +84,8 @@ def split_index(index, lane_axes: dict):
         if a and b and a[0] is None and kind == "Add":
             return b[0], a[1] + b[1]
         return None
-    return None if _mentions(index, lane_axes) else (None, index)
-
-
-def _mentions(expression, variables: dict) -> bool:
-    from tvm.tirx.stmt_functor import post_order_visit
-
-    found = []
-    post_order_visit(expression, lambda n: found.append(n) if type(n).__name__ == "Var" and n in variables else None)
-    return bool(found)
+    varies = adapter.nodes(index, lambda n: type(n).__name__ == "Var" and n in lane_axes)
+    return None if varies else (None, index)
 
 
 def gather(f: Frame, h: Handle, index: list):

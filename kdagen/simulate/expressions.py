@@ -115,13 +115,14 @@ class Expressions:
 
     def __init__(self, name: str):
         self.name = name  # of the kernel, for errors
+        self.line = ""  # of the source, where compilation is
         self.lane_axes = {}  # variables of the T.Parallel loops around -> their axis
 
     def unsupported(self, what: str, node) -> SimulationError:
-        line = next((text for text in str(node).splitlines() if text.strip() and not text.startswith("#")), "")
+        found = self.line or next(t.strip() for t in str(node).splitlines() if t.strip() and not t.startswith("#"))
         return SimulationError(
-            f"kernel '{self.name}': the simulator has no {what}: found '{line.strip()[:160]}'; "
-            "expected one of the constructs listed in kdagen/simulate"
+            f"kernel '{self.name}': the simulator has no {what}, found at {found}: "
+            "write it with constructs that kdagen/simulate knows"
         )
 
     def expression(self, e):

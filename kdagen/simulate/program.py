@@ -11,6 +11,7 @@ import random
 
 import numpy as np
 
+from kdagen.build import adapter
 from kdagen.errors import SimulationError
 from kdagen.simulate.binding import bind, frame
 from kdagen.simulate.elements import Element, is_lanes
@@ -38,6 +39,7 @@ class Compiler(Expressions):
         method = getattr(self, f"_s_{type(s).__name__}", None)
         if method is None:
             raise self.unsupported(f"statement {type(s).__name__}", s)
+        self.line = adapter.source_line(s) or self.line
         return method(s)
 
     @staticmethod

@@ -5,7 +5,8 @@ Threads that no branch tells apart form one role. program.py's Compiler does the
 
 from __future__ import annotations
 
-from kdagen.simulate.asynchronous import ASYNCHRONOUS_OPERATIONS, Barrier, Wait, retire
+from kdagen.build import adapter
+from kdagen.simulate.asynchronous import ASYNCHRONOUS_OPERATIONS, LATE, Barrier, Wait, retire
 from kdagen.simulate.expressions import short_name
 from kdagen.simulate.memory import Handle
 from kdagen.simulate.program import Compiler
@@ -95,9 +96,11 @@ class RaceCompiler(Compiler):
         raise self.unsupported(f"operation {call.op.name} in a warp-specialised program", call)
 
     def _sync_block(self, call):
+        refusal = self.unsupported("T.sync_threads between warp roles", call)
+
         def sync(f):
             if len(self.roles) > 1:
-                raise self.unsupported("T.sync_threads between warp roles", call)
+                raise refusal
 
         return sync
 
@@ -113,7 +116,7 @@ class RaceCompiler(Compiler):
         left = self.expression(call.args[0])
 
         def wait(f):
-            yield  # as late as is legal
+            yield LATE
             while len(f.flights) > left(f):
                 retire(f)
 
@@ -153,23 +156,17 @@ def misplaced_fragments(body, role_test) -> list[str]:
 
 def fragments(statement) -> tuple[dict, dict]:
     """Names, by data variable, of the fragments that a statement touches, and of those that it reads."""
-    from tvm.tirx.stmt_functor import post_order_visit
-
-    loads, written = [], []
-
-    def visit(n):
-        kind = type(n).__name__
-        if kind == "BufferLoad":
-            loads.append(n)
-        elif kind == "Call" and short_name(n) == "region" and not int(n.args[1]) & READS:
-            written.append(n.args[0])
-
-    post_order_visit(statement, visit)
+    loads = adapter.nodes(statement, lambda n: type(n).__name__ == "BufferLoad")
+    written = [r.args[0] for r in adapter.nodes(statement, _is_written_region)]
     read = {n.buffer.data: n.buffer.name for n in loads if n not in written and _is_fragment(n.buffer)}
     used = {n.buffer.data: n.buffer.name for n in loads if _is_fragment(n.buffer)}
     if type(statement).__name__ == "BufferStore" and _is_fragment(statement.buffer):
         used[statement.buffer.data] = statement.buffer.name
     return used, read
+
+
+def _is_written_region(node) -> bool:
+    return type(node).__name__ == "Call" and short_name(node) == "region" and not int(node.args[1]) & READS
 
 
 def _is_fragment(buffer) -> bool:

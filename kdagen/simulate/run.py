@@ -20,8 +20,6 @@ from kdagen.simulate.torch_arrays import to_numpy
 if TYPE_CHECKING:
     import torch
 
-GIVEN = ("argument", "initial_state")
-
 
 def simulate(
     op_source: OpSource,
@@ -51,7 +49,8 @@ def simulate(
         simulator = _simulator(kernel, check_races)
         simulator(*arrays)
         statistics[kernel.name] = simulator.statistics
-    return memory[_only(specs, "out")], memory[_only(specs, "final_state")], statistics
+    (out,), (final,) = _of_role(specs, "out"), _of_role(specs, "final_state")
+    return memory[out], memory[final], statistics
 
 
 def traffic_per_token_head(statistics: dict[str, Statistics], tokens: int, heads: int) -> float:
@@ -75,20 +74,21 @@ def _check_schedule(kernel: KernelSource, target: str, arrays, seeds):
         raise SimulationError(str(report))
 
 
-def _only(specs: dict[str, TensorSpec], role: str) -> str:
-    (name,) = (name for name, spec in specs.items() if spec.role == role)
-    return name
+def _of_role(specs: dict[str, TensorSpec], role: str) -> list[str]:
+    return [name for name, spec in specs.items() if spec.role == role]
 
 
 def _given(op: OpSource, specs, tensors: dict, initial_state) -> dict:
     """The caller's tensors by name, checked for presence and dtype."""
-    expected = [name for name, spec in specs.items() if spec.role == "argument"]
+    expected = _of_role(specs, "argument")
     if sorted(expected) != sorted(tensors):
         names = ", ".join(sorted(tensors)), ", ".join(sorted(expected))
         raise ArgumentError(f"{op.name}: got tensors {names[0]}; expected {names[1]}")
     given = dict(tensors)
     if initial_state is not None:
-        given[_only(specs, "initial_state")] = initial_state
+        if not (states := _of_role(specs, "initial_state")):
+            raise ArgumentError(f"{op.name}: takes no initial_state")
+        given[states[0]] = initial_state
     for name, tensor in given.items():
         dtype = _torch_dtype(specs[name])
         if tensor.dtype != dtype or tensor.device.type != "cpu":

@@ -95,13 +95,9 @@ def transpose(compiler, call):
 
 def fill(compiler, call):
     target, value = Region(compiler, call.args[0]), compiler.expression(call.args[1])
-
-    def run(f):
-        if target.handle.is_private and f.lanes:
-            raise compiler.unsupported("T.fill of a thread's own array inside T.Parallel", call)
-        target.write(f, np.full(target.extent(f), value(f)))
-
-    return run
+    if target.handle.is_private and compiler.lane_axes:
+        raise compiler.unsupported("T.fill of a thread's own array inside T.Parallel", call)
+    return lambda f: target.write(f, np.full(target.extent(f), value(f)))
 
 
 REDUCTIONS = {

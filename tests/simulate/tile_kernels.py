@@ -17,10 +17,10 @@ bfloat16 = ml_dtypes.bfloat16
 _numbers = itertools.count()
 
 
-def snippet(params: str, body: str, grid: str = "1", names: str = "x", head: str = ""):
+def snippet(params: str, body: str, grid: str = "1", names: str = "x", head: str = "", threads: int = 128):
     """The PrimFunc of a kernel written as parameters and body."""
     text = f"import tilelang.language as T\n\ndef kernel():\n{indent(head, '    ')}\n    @T.prim_func\n"
-    text += f"    def kernel({params}):\n        with T.Kernel({grid}, threads=128) as ({names}):\n"
+    text += f"    def kernel({params}):\n        with T.Kernel({grid}, threads={threads}) as ({names}):\n"
     text += indent(body, " " * 12) + "\n    return kernel\n"
     return adapter.trace(text, "kernel", f"<snippet {next(_numbers)}>")
 
@@ -57,7 +57,7 @@ def scan_state_kv(C, K=64, V=128, bv=64):
         A: T.Tensor((B, L, H, C), BF16),
         G: T.Tensor((B, NC, H, K), F32),
         S0: T.Tensor((B, H, K, V), F32),
-        O: T.Tensor((B, L, H, V), BF16),
+        OUT: T.Tensor((B, L, H, V), BF16),
         S1: T.Tensor((B, H, K, V), F32),
     ):
         with T.Kernel(V // bv, H, B, threads=128) as (v, h, b):
@@ -89,27 +89,24 @@ def scan_state_kv(C, K=64, V=128, bv=64):
                     s[i, j] = s[i, j] * g[i]
                 T.gemm(x, ps, s, transpose_A=True)
                 T.copy(of, o)
-                T.copy(o, O[b, n * C : (n + 1) * C, h, v * bv : (v + 1) * bv])
+                T.copy(o, OUT[b, n * C : (n + 1) * C, h, v * bv : (v + 1) * bv])
             T.copy(s, S1[b, h, 0:K, v * bv : (v + 1) * bv])
 
     return scan
 
 
-def packed(schedule="explicit", release="last", waits=True, acquire=True, C=32, K=64, V=64, depth=2):
+def packed(schedule="explicit", release="late", waits=True, C=32, K=64, V=64, depth=2):
     """The state transposed (V x K) in registers, operands packed [Z; Q] and [INV; A], asynchronous products.
 
-    schedule: "explicit" warp roles or "automatic". release: after the "last" product, before the "wait" for it, or
-    "never". waits: whether the first products are waited for. acquire: whether the producer waits for a free slot.
+    schedule: "explicit" warp roles or "automatic". release: of a chunk's tiles, "late", after the wait for the last
+    product, or "early", before it. waits: whether the first product is waited for before it is used.
     """
     NC, H = T.dynamic("NC"), T.dynamic("H")
     row = T.GemmWarpPolicy.FullRow
     steps = ["s", "zs", "py", "qs", "w0", "r", "pr", "w1", "p", "oa", "decay", "sx", "w2"]
-    if not waits:
-        steps.remove("w0")
-    if release != "never":
-        steps.insert(len(steps) - (release == "wait"), T.WSSync.consumer_release("in"))
-    fetch = ["lz", "lx", "ly", "li", "lg", T.WSSync.producer_commit("in")]
-    fetch = [T.WSSync.producer_acquire("in"), *fetch] if acquire else fetch
+    steps.insert(len(steps) - (release == "early"), T.WSSync.consumer_release("in"))
+    fetch = [T.WSSync.producer_acquire("in"), "lz", "lx", "ly", "li", "lg", T.WSSync.producer_commit("in")]
+    unfinished = 2 if waits else 3
 
     def at(name):
         return {T.WSID: name} if schedule == "explicit" else {}
@@ -136,7 +133,7 @@ def packed(schedule="explicit", release="last", waits=True, acquire=True, C=32, 
         IA: T.Tensor((H, NC, 2 * C, C), BF16),
         G: T.Tensor((H, NC, K), F32),
         S0: T.Tensor((H, V, K), F32),
-        O: T.Tensor((NC * C, H, V), BF16),
+        OUT: T.Tensor((NC * C, H, V), BF16),
         S1: T.Tensor((H, V, K), F32),
     ):
         with T.Kernel(H, threads=128) as h:
@@ -154,9 +151,7 @@ def packed(schedule="explicit", release="last", waits=True, acquire=True, C=32, 
                 T.copy(IA[h, n, 0 : 2 * C, 0:C], ia, annotations=at("li"))
                 T.copy(G[h, n, 0:K], g, annotations=at("lg"))
                 T.copy(s, sb, annotations=at("s"))
-                T.wgmma_gemm(
-                    sb, zq[0:C, 0:K], r, transpose_B=True, clear_accum=True, policy=row, annotations=at("zs")
-                )
+                T.wgmma_gemm(sb, zq[0:C, 0:K], r, transpose_B=True, clear_accum=True, policy=row, annotations=at("zs"))
                 T.wgmma_gemm(
                     y,
                     ia[0:C, 0:C],
@@ -171,8 +166,7 @@ def packed(schedule="explicit", release="last", waits=True, acquire=True, C=32, 
                     sb, zq[C : 2 * C, 0:K], of, transpose_B=True, clear_accum=True, policy=row, annotations=at("qs")
                 )
                 with T.ws_op("w0"):
-                    if waits:
-                        T.wait_wgmma(2)
+                    T.wait_wgmma(unfinished)
                 T.copy(r, rb, annotations=at("r"))
                 T.wgmma_gemm(rb, ia[0:C, 0:C], p, transpose_B=True, policy=row, annotations=at("pr"))
                 with T.ws_op("w1"):
@@ -186,7 +180,7 @@ def packed(schedule="explicit", release="last", waits=True, acquire=True, C=32, 
                     T.wait_wgmma(0)
                 for i, j in T.Parallel(V, C, annotations=at("o")):
                     o[j, i] = of[i, j]
-                T.copy(o, O[n * C : (n + 1) * C, h, 0:V], annotations=at("store"))
+                T.copy(o, OUT[n * C : (n + 1) * C, h, 0:V], annotations=at("store"))
             T.copy(s, S1[h, 0:V, 0:K], annotations=at("final"))
 
     return scan
@@ -200,7 +194,7 @@ def prologue(variant, C=64, K=128, V=64, NC=4):
         Z: T.Tensor((NC * C, K), BF16),
         X: T.Tensor((NC * C, K), BF16),
         S0: T.Tensor((K, V), F32),
-        O: T.Tensor((NC * C, V), BF16),
+        OUT: T.Tensor((NC * C, V), BF16),
     ):
         with T.Kernel(1, threads=128) as _:
             z, x = T.alloc_shared((C, K), BF16), T.alloc_shared((C, K), BF16)
@@ -222,7 +216,7 @@ def prologue(variant, C=64, K=128, V=64, NC=4):
                 T.gemm(x, ps, s, transpose_A=True)
                 if variant != "in loop":
                     T.copy(s, ss)
-                T.copy(p, O[n * C, 0])
+                T.copy(p, OUT[n * C, 0])
 
     return scan
 
