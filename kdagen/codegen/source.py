@@ -30,6 +30,7 @@ class KernelSource:
     params: tuple[TensorSpec, ...]
     threads: int
     shared_bytes: int  # as the tile IR counts it; the lowered program's figure is the exact one
+    bytes_a_token: float = 0.0  # modelled traffic a token and head, states left out
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class OpSource:
         """JSON-able launch plan: tensors once each, kernels with their parameter names."""
         tensors = {p.name: dataclasses.asdict(p) for k in self.kernels for p in k.params}
         arguments = self.arguments or [t["name"] for t in tensors.values() if t["role"] == "argument"]
-        kernels = [{"name": k.name, "params": [p.name for p in k.params]} for k in self.kernels]
+        kernels = [
+            {"name": k.name, "params": [p.name for p in k.params], "bytes_a_token": k.bytes_a_token}
+            for k in self.kernels
+        ]
         return json.loads(
             json.dumps(
                 {

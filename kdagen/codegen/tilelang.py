@@ -13,6 +13,7 @@ from pathlib import Path
 from kdagen.codegen.source import KernelSource, TensorSpec
 from kdagen.errors import ScheduleError
 from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map, RowSum, Statement, Wait, base
+from kdagen.ir.tile_cost import bytes_a_token
 
 SYMBOLS = {"B": "B", "H": "H", "T": "tokens", "NC": "NC"}
 
@@ -45,7 +46,9 @@ def render(kernel: Kernel, template_folders: Sequence[str | Path] = ()) -> Kerne
         raise ScheduleError(f"no skeleton '{kernel.skeleton}': expected one of {', '.join(known)}") from None
     text = template.render(kernel=kernel, symbols=_symbols(kernel), shape=_shape, named=named)
     params = tuple(TensorSpec(_spec_name(b), b.shape, b.dtype, b.role) for b in kernel.params)
-    return KernelSource(kernel.name, kernel.family, text, params, kernel.threads, kernel.shared_bytes)
+    return KernelSource(
+        kernel.name, kernel.family, text, params, kernel.threads, kernel.shared_bytes, bytes_a_token(kernel)
+    )
 
 
 def _spec_name(buffer: Buffer) -> str:

@@ -211,11 +211,6 @@ def _verify_gemm(kernel: Kernel, gemm: Gemm, buffers: dict[str, Buffer]) -> None
         raise KdagenError(f"{kernel.name}: '{gemm.eq}' is {m} x {n} x {k}: m must be a multiple of 16, n and k of 8")
 
 
-def flops(kernel: Kernel) -> int:
-    """FLOPs of a block's matrix products (a chunk's, in a scan)."""
-    return sum(2 * m * n * k for s in kernel.statements if isinstance(s, Gemm) for m, n, k in [s.size])
-
-
 def show(kernel: Kernel) -> str:
     """A kernel as text, one statement a line."""
     lines = [f"{kernel.family} {kernel.name} <{kernel.skeleton}, {kernel.threads} threads> over {kernel.grid}"]
