@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdagen.codegen.source import OpSource
+from kdagen.errors import ScheduleError
 from kdagen.ir.canonical import Canonical
 from kdagen.schedule import Schedule
 from kdagen.target import target as find_target
@@ -44,6 +45,7 @@ def compile_op(
     from kdagen.lower import lower
     from kdagen.runtime.signature import describe
 
+    _check_dtypes(dtype, gate_dtype or dtype)
     target = find_target(arch)
     dims = dict(zip("KV", (head_dim, head_dim) if isinstance(head_dim, int) else head_dim))
     canonical = derive_canonical(recurrence)
@@ -65,6 +67,13 @@ def compile_op(
         arguments,
         describe(recurrence, canonical),
     )
+
+
+def _check_dtypes(dtype: str, gate_dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ScheduleError(f"dtype '{dtype}' has no kernels: expected {' or '.join(DTYPES)}")
+    if gate_dtype not in (*DTYPES, "float32"):
+        raise ScheduleError(f"gate_dtype '{gate_dtype}': expected {', '.join(DTYPES)} or float32")
 
 
 def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[str, str]:

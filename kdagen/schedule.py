@@ -49,7 +49,16 @@ class Schedule:
         """A copy with some choices changed; unknown names are refused."""
         names = {f.name for f in dataclasses.fields(self)}
         if unknown := sorted(set(choices) - names):
-            raise ScheduleError(f"unknown schedule field {', '.join(unknown)}: expected some of {', '.join(sorted(names))}")
+            raise ScheduleError(
+                f"unknown schedule field {', '.join(unknown)}: expected some of {', '.join(sorted(names))}"
+            )
         if "decay" in choices:
-            choices["decay"] = DecayForm(choices["decay"])
+            choices["decay"] = _decay_form(choices["decay"])
         return dataclasses.replace(self, **choices)
+
+
+def _decay_form(name: str) -> DecayForm:
+    try:
+        return DecayForm(name)
+    except ValueError:
+        raise ScheduleError(f"decay '{name}': expected one of {', '.join(f.value for f in DecayForm)}") from None

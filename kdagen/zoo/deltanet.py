@@ -1,4 +1,4 @@
-"""DeltaNet (Schlag et al., 2021, arXiv:2102.11174; parallel form: Yang et al., 2024, arXiv:2406.06484, Eq. 2)."""
+"""DeltaNet (Schlag et al., 2021, arXiv:2102.11174; parallel form: Yang et al., 2024, arXiv:2406.06484)."""
 
 import kdagen as kg
 

@@ -1,4 +1,4 @@
-"""DeltaProduct (Siems et al., 2025, arXiv:2502.10297, Eq. 3): one decay a token, then n delta steps.
+"""DeltaProduct (Siems et al., 2025, arXiv:2502.10297): one decay a token, then n delta steps.
 
 Arguments are sequences: with n = 2 the op takes k_1, k_2, v_1, v_2, beta_1, beta_2.
 """

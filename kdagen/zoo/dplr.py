@@ -1,4 +1,4 @@
-"""DPLR, diagonal plus low rank: the general case (Kimi Linear report, 2025, arXiv:2510.26692, section 6)."""
+"""DPLR, diagonal plus low rank: the general case (Kimi Linear report, 2025, arXiv:2510.26692)."""
 
 import kdagen as kg
 

@@ -1,4 +1,4 @@
-"""Gated DeltaNet (Yang et al., 2024, arXiv:2412.06464, Eq. 10): the delta rule under one decay for each head."""
+"""Gated DeltaNet (Yang et al., 2024, arXiv:2412.06464): the delta rule under one decay for each head."""
 
 import kdagen as kg
 

@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al., 2023, arXiv:2312.06635, Eq. 3): one decay for each key channel, g its log."""
+"""Gated linear attention (Yang et al., 2023, arXiv:2312.06635): one decay for each key channel, g its log."""
 
 import kdagen as kg
 

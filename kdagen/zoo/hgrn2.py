@@ -1,4 +1,4 @@
-"""HGRN-2 (Qin et al., 2024, arXiv:2404.07904, Eq. 7): the key is what the forget gate f leaves, 1 - f."""
+"""HGRN-2 (Qin et al., 2024, arXiv:2404.07904): the key is what the forget gate f leaves, 1 - f."""
 
 import kdagen as kg
 

@@ -1,4 +1,4 @@
-"""Linear attention (Katharopoulos et al., 2020, arXiv:2006.16236, Eq. 16 to 20, without the normaliser)."""
+"""Linear attention (Katharopoulos et al., 2020, arXiv:2006.16236, without the normaliser)."""
 
 import kdagen as kg
 

@@ -1,4 +1,4 @@
-"""RetNet (Sun et al., 2023, arXiv:2307.08621, Eq. 6): a constant decay for each head, 1 - 2^-(5 + h) in the paper."""
+"""RetNet (Sun et al., 2023, arXiv:2307.08621): a constant decay for each head, 1 - 2^-(5 + h) in the paper."""
 
 import kdagen as kg
 

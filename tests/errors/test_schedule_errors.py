@@ -1,0 +1,41 @@
+"""Choices that do not fit are refused before anything is generated, each with what to write instead."""
+
+import pytest
+
+from kdagen import zoo
+from kdagen.errors import ScheduleError, TargetError
+from kdagen.pipeline import compile_op
+from kdagen.schedule import Schedule
+
+CASES = [
+    ({"head_dim": 96}, r"head_dim \(96, 96\) has no kernels: expected K and V among"),
+    ({"schedule": {"chunk_size": 24}}, "chunk_size 24: expected 16, 32 or 64"),
+    ({"schedule": {"v_tile": 96}}, "v_tile 96: expected a multiple of 64 that divides V = 128"),
+    ({"schedule": {"output": "both"}}, "output 'both': expected 'fused' or 'split'"),
+    ({"schedule": {"chunks": 16}}, "unknown schedule field chunks: expected some of chunk_size"),
+    ({"schedule": {"decay": "scalar"}}, "decay form 'scalar' does not fit: expected factored or tree"),
+    ({"schedule": {"decay": "factored"}}, "decay 'factored' with chunk_size 16: a gate bounded by -inf"),
+    ({"schedule": {"decay": "both"}}, "decay 'both': expected one of none, scalar, factored, tree"),
+    ({"schedule": {"scan_skeleton": "mine"}}, "no skeleton 'mine': expected one of output, prepare, scan_pipelined"),
+    ({"arch": "sm80", "schedule": {"stages": 2}}, "stages 2: sm80 has no TMA, expected 1"),
+    ({"arch": "sm80", "schedule": {"scan_skeleton": "scan_specialised"}}, "needs wgmma, which sm80 lacks"),
+    ({"dtype": "float32"}, "dtype 'float32' has no kernels: expected bfloat16 or float16"),
+    ({"gate_dtype": "int8"}, "gate_dtype 'int8': expected bfloat16, float16 or float32"),
+]
+
+
+@pytest.mark.parametrize("choices, message", CASES)
+def test_choices_that_do_not_fit(choices, message):
+    with pytest.raises(ScheduleError, match=message):
+        compile_op(zoo.get("kda"), **choices)
+
+
+def test_unknown_arch_lists_the_known():
+    with pytest.raises(
+        TargetError, match="unknown arch .sm75.: expected one of sm80, sm89, sm90"
+    ):
+        compile_op(zoo.get("kda"), arch="sm75")
+
+
+def test_schedules_are_their_json():
+    assert Schedule().json() == Schedule(chunk_size=16).json() != Schedule(chunk_size=32).json()

@@ -1,0 +1,58 @@
+"""Generated TileLang: readable text, user skeletons first, no name of the user's lost or clashing."""
+
+import ast
+
+import pytest
+
+import kdagen as kg
+from kdagen import zoo
+from kdagen.pipeline import compile_op
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_modules_parse_and_carry_their_equations(name):
+    for kernel in compile_op(zoo.get(name)).kernels:
+        ast.parse(kernel.text)
+        assert kernel.text.startswith(f'"""{kernel.name}: ')
+        products = kernel.text.count("gemm(")
+        assert products and kernel.text.count("            # ") >= products
+
+
+def test_the_same_recurrence_gives_the_same_text():
+    first, second = (compile_op(zoo.get("kda")) for _ in range(2))
+    assert [k.text for k in first.kernels] == [k.text for k in second.kernels]
+
+
+def test_a_users_skeleton_comes_first(tmp_path):
+    shipped = compile_op(zoo.get("kda"))
+    own = tmp_path / "prepare.py.j2"
+    own.write_text('{% import "macros.j2" as m with context %}# mine: {{ kernel.name }}\n')
+    overridden = compile_op(zoo.get("kda"), template_folders=[tmp_path])
+    assert overridden.kernels[0].text == "# mine: kda_prepare\n"
+    assert overridden.kernels[1].text == shipped.kernels[1].text
+
+
+def test_a_users_skeleton_may_have_a_new_name(tmp_path):
+    (tmp_path / "eager.py.j2").write_text("# {{ kernel.threads }} threads\n")
+    op = compile_op(zoo.get("kda"), schedule={"scan_skeleton": "eager"}, template_folders=[tmp_path])
+    assert op.kernels[1].text == "# 256 threads\n"
+
+
+def test_arguments_may_have_the_names_of_indices():
+    @kg.recurrence
+    def awkward(S, i: kg.Key, j: kg.Value, h: kg.Channel, n: kg.Key, b: kg.Scalar):
+        S = kg.diag(kg.exp(h)) @ S
+        S = S + kg.outer(i, b * (j - S.T @ i))
+        return S, S.T @ n
+
+    for kernel in compile_op(awkward, 64).kernels:
+        ast.parse(kernel.text)
+        names = [p.name for p in kernel.params]
+        assert len(set(names)) == len(names)
+
+
+def test_the_plan_lists_tensors_once_and_models_traffic():
+    plan = compile_op(zoo.get("kda")).plan()
+    assert [k["name"] for k in plan["kernels"]] == ["kda_prepare", "kda_scan"]
+    assert plan["tensors"]["q"]["shape"] == ["B", "T", "H", 128]
+    assert 1282 < sum(k["bytes_a_token"] for k in plan["kernels"]) <= 3100
