@@ -36,5 +36,9 @@ class SimulationError(KdagenError):
     """A generated program cannot be executed in a simulator, or misbehaves in one."""
 
 
+class GradientError(KdagenError, RuntimeError):
+    """A gradient was asked of an op that has no backward."""
+
+
 class LaunchError(KdagenError):
     """The GPU's driver is missing, or refused to load or launch a kernel."""

@@ -20,14 +20,15 @@ from kdagen.runtime import manifest as manifests
 MARKER = "kdagen.json"
 UNFINISHED = ".tmp-"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-INIT = '''"""GPU ops built by kdagen: {names}. Generated; `kdagen build` writes it anew.
+INIT = '''"""Ops built by kdagen: {names}. Generated; `kdagen build` writes it anew.
 
+Each is called like what `kdagen.compile` returns: o, final_state = op(q, k, v, ..., output_final_state=True).
 Needs torch, apache-tvm-ffi and kdagen's runtime: no compiler, no TileLang.
 """
 
 from pathlib import Path
 
-from kdagen.runtime.loader import BuiltOp
+from kdagen.runtime.package import BuiltOp
 
 _here = Path(__file__).parent
 {ops}

@@ -14,8 +14,9 @@ from kdagen.errors import ArtefactError
 from kdagen.ir.canonical import Argument, Canonical, Intra, Reader, Stream
 from kdagen.ir.functions import ChannelSum, sigmoid, softplus
 
-_SYMPY = "Add Mul Pow exp log tanh Abs sign Max Min Heaviside".split()
-FUNCTIONS = {name: getattr(sympy, name) for name in _SYMPY} | {f.__name__: f for f in (sigmoid, softplus, ChannelSum)}
+_SYMPY = "Add Mul Pow exp log tanh Abs sign Max Min Heaviside"
+_OURS = (sigmoid, softplus, ChannelSum)
+FUNCTIONS = {name: getattr(sympy, name) for name in _SYMPY.split(" ")} | {f.__name__: f for f in _OURS}
 
 
 def to_json(canonical: Canonical) -> dict:

@@ -1,7 +1,7 @@
 """Loads what `kdagen build` left and launches it: needs torch and apache-tvm-ffi, no compiler, no TileLang, no sympy.
 
-`LoadedOp` is one folder of kernels (one target, dtype and head dims); `BuiltOp` is an op with all its folders, which
-is what the generated package exposes. Shapes of workspaces and outputs come from the launch plan in the manifest.
+`LoadedOp` is one folder of kernels: one target, dtype and head dims. Shapes of workspaces and outputs come from the
+launch plan in the manifest. An op with all its folders is kdagen.runtime.package's.
 """
 
 from __future__ import annotations
@@ -176,81 +176,3 @@ def find_built(source, folders: list[Path] | None = None) -> Path | None:
 def cached_op_folder(digest: str) -> Path:
     """Where the cache keeps the op of this digest."""
     return debug.cache_dir() / "ops" / digest[:32]
-
-
-class BuiltOp:
-    """An op as the generated package exposes it: call it on CUDA tensors; it picks the kernels that fit them."""
-
-    def __init__(self, folder: str | Path):
-        self.folder, self.name = Path(folder), Path(folder).name
-
-    @cached_property
-    def variants(self) -> list[LoadedOp]:
-        """Its folders of kernels, read at first use so that a damaged op does not keep its neighbours from loading."""
-        found = [load_op(path.parent) for path in sorted(self.folder.glob(f"[!.]*/{manifests.MANIFEST}"))]
-        if not found:
-            raise ArtefactError(
-                f"{self.folder} holds no built kernels: rebuild it with `kdagen build --op {self.name}`"
-            )
-        return found
-
-    @property
-    def arguments(self) -> list[str]:
-        """The names of its arguments, in order."""
-        return self.variants[0].plan["arguments"]
-
-    def __call__(self, *args, initial_state=None, output_final_state: bool = False, **named):
-        """(output [B, T, H, V], final state or None), as the op that `kdagen.compile` returns."""
-        tensors = self.bind(args, named)
-        op = self.select(tensors)
-        if initial_state is not None:
-            tensors[op.by_role["initial_state"]] = initial_state
-        results = op.launch(tensors)
-        return results[op.by_role["out"]], results[op.by_role["final_state"]] if output_final_state else None
-
-    def bind(self, args: tuple, named: dict) -> dict:
-        """Arguments by name; each given once, none missing."""
-        names = self.arguments
-        given = dict(zip(names, args))
-        twice, unknown = sorted(given.keys() & named.keys()), sorted(named.keys() - set(names))
-        missing = [name for name in names if name not in given and name not in named]
-        if len(args) > len(names) or twice or unknown or missing:
-            problems = [f"{what} {', '.join(found)}" for what, found in
-                        (("missing", missing), ("given twice:", twice), ("unknown", unknown)) if found]  # fmt: skip
-            raise ArgumentError(
-                f"{self.name} takes {', '.join(names)}: {'; '.join(problems) or f'got {len(args)} tensors'}"
-            )
-        return {name: given.get(name, named.get(name)) for name in names}
-
-    def select(self, tensors: dict) -> LoadedOp:
-        """The variant built for this GPU, these dtypes and these head dims."""
-        import torch
-
-        for name, tensor in tensors.items():
-            if tensor.device.type != "cuda":
-                raise ArgumentError(
-                    f"{self.name}: {name} is on {tensor.device}, and these are kernels for GPUs: call {name}.cuda(), "
-                    f"or use kdagen.compile, whose op runs on the CPU too"
-                )
-            if tensor.requires_grad and torch.is_grad_enabled():
-                raise ArgumentError(
-                    f"{self.name}: {name} requires a gradient, and only forward kernels were built: "
-                    f"call under torch.no_grad() or pass {name}.detach()"
-                )
-        device = next(iter(tensors.values())).device
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return self.fitting(tensors, capability)
-
-    def fitting(self, tensors: dict, capability: str) -> LoadedOp:
-        """The variant for a compute capability ("9.0") and tensors; says why each other does not fit."""
-        reasons = {v.folder.name: v.mismatch(tensors, capability) for v in self.variants}
-        for variant in self.variants:
-            if reasons[variant.folder.name] is None:
-                return variant
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ArgumentError(
-            f"no kernels of {self.name} fit ({listed}): build some with `kdagen build --op {self.name}`"
-        )
-
-    def __repr__(self) -> str:
-        return f"{self.name}({', '.join(self.arguments)}) built for {', '.join(v.folder.name for v in self.variants)}"

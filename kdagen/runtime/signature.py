@@ -29,13 +29,9 @@ class Signature:
 
     @cached_property
     def value(self) -> str:
-        """The tensor whose dtype is the output's: the first with value channels a token."""
-        return next(name for name, dims in self.dims.items() if dims == ("B", "T", "H", "V"))
-
-    @cached_property
-    def key(self) -> str:
-        """A tensor with key channels."""
-        return next(name for name, dims in self.dims.items() if dims[-1] == "K")
+        """The tensor whose dtype is the output's: v, or the first with value channels, or the first."""
+        values = [name for name, dims in self.dims.items() if dims == ("B", "T", "H", "V")]
+        return "v" if "v" in values else next(iter(values), self.tensors[0])
 
     def bind(self, args: tuple, named: dict) -> list:
         """The tensors in order, from arguments by place or by name; a sequence's may also be named k_1, k_2 .."""
@@ -58,7 +54,7 @@ class Signature:
         """The n tensors of a sequence: a list, or one tensor stacked on the dimension before the heads."""
         axis = self.dims[tensors[0]].index("H")
         stacked = [*self.dims[tensors[0]][:axis], len(tensors), *self.dims[tensors[0]][axis:]]
-        expected = f"a list of {len(tensors)}, or one tensor {_brackets(stacked)}"
+        expected = f"a list of {len(tensors)}, or one tensor {brackets(stacked)}"
         if isinstance(value, (list, tuple)):
             if len(value) != len(tensors):
                 raise ArgumentError(f"{self.name}: {name} is a list of {len(value)} tensors, expected {expected}")
@@ -96,7 +92,8 @@ class Signature:
         return f"{self.name}({', '.join(name for name, _ in self.parameters)})"
 
 
-def _brackets(dims) -> str:
+def brackets(dims) -> str:
+    """Dimensions as people write them: [B, T, H, K]."""
     return f"[{', '.join(map(str, dims))}]"
 
 

@@ -72,6 +72,7 @@ class Statistics:
     shared_bytes: int = 0
     reads_out_of_bounds: int = 0  # elements
     writes_out_of_bounds: int = 0
+    schedule: object = None  # the ScheduleReport, where the kernel's schedule was checked
 
     @property
     def bytes_moved(self) -> int:

@@ -44,11 +44,11 @@ def simulate(
     statistics = {}
     for kernel in op_source.kernels:
         arrays = [to_numpy(memory[spec.name]) for spec in kernel.params]
-        if check_schedules:
-            _check_schedule(kernel, op_source.target, arrays, seeds)
+        checked = _check_schedule(kernel, op_source.target, arrays, seeds) if check_schedules else None
         simulator = _simulator(kernel, check_races)
         simulator(*arrays)
         statistics[kernel.name] = simulator.statistics
+        statistics[kernel.name].schedule = checked
     (out,), (final,) = _of_role(specs, "out"), _of_role(specs, "final_state")
     return memory[out], memory[final], statistics
 
@@ -58,12 +58,12 @@ def traffic_per_token_head(statistics: dict[str, Statistics], tokens: int, heads
     return sum(s.bytes_moved for s in statistics.values()) / (tokens * heads)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _prim_func(kernel: KernelSource):
     return adapter.trace(kernel.text, kernel.name, f"<{kernel.name}.py>")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _simulator(kernel: KernelSource, check_races: bool) -> Simulator:
     return Simulator(_prim_func(kernel), check_races=check_races)
 
@@ -72,6 +72,7 @@ def _check_schedule(kernel: KernelSource, target: str, arrays, seeds):
     report = check_schedule(_prim_func(kernel), targets.target(target), arrays, seeds)
     if not report.ok:
         raise SimulationError(str(report))
+    return report
 
 
 def _of_role(specs: dict[str, TensorSpec], role: str) -> list[str]:

@@ -17,7 +17,8 @@ from kdagen.build import builder, kernel, pool, toolchain
 from kdagen.build.kernel import job_of
 from kdagen.errors import ArgumentError, ArtefactError, LaunchError, ScheduleError, ToolchainError
 from kdagen.runtime import loader, manifest
-from kdagen.runtime.loader import BuiltOp, LoadedOp
+from kdagen.runtime.loader import LoadedOp
+from kdagen.runtime.package import BuiltOp
 from kdagen.target import target
 
 SM90 = target("sm90")
@@ -278,34 +279,6 @@ def test_a_plan_with_a_size_that_is_no_size():
 
 def tensors(dtype=torch.bfloat16) -> dict:
     return {"x": torch.zeros(1, 5, 1, 64, dtype=dtype), "g": torch.zeros(1, 5, 1)}
-
-
-CALLS = {
-    "missing": ((1,), {}, "toy takes x, g: missing g"),
-    "twice": ((1, 2), {"x": 1}, "toy takes x, g: given twice: x"),
-    "unknown": ((1, 2), {"y": 1}, "toy takes x, g: unknown y"),
-    "too many": ((1, 2, 3), {}, "toy takes x, g: got 3 tensors"),
-}
-
-
-@pytest.mark.parametrize("case", CALLS)
-def test_arguments_that_do_not_bind(folder, case):
-    args, named, message = CALLS[case]
-    with raises(ArgumentError, message):
-        BuiltOp(folder.parent).bind(args, named)
-
-
-def test_tensors_on_the_cpu(folder):
-    with raises(
-        ArgumentError, "toy: x is on cpu, and these are kernels for GPUs: call x.cuda(), or use kdagen.compile"
-    ):
-        BuiltOp(folder.parent)(**tensors())
-
-
-def test_gradients_are_refused_not_dropped(folder):
-    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), requires_grad=True)
-    with raises(ArgumentError, "toy: x requires a gradient, and only forward kernels were built"):
-        BuiltOp(folder.parent).select({"x": on_gpu})
 
 
 def test_no_variant_fits(folder):

@@ -8,7 +8,8 @@ import torch
 import toy
 
 from kdagen.runtime import loader, manifest
-from kdagen.runtime.loader import BuiltOp, LoadedOp
+from kdagen.runtime.loader import LoadedOp
+from kdagen.runtime.package import BuiltOp
 
 RUNS_ON = {"sm90": ["9.0"], "sm80": ["8.0"]}
 
@@ -98,22 +99,6 @@ def test_the_variant_that_fits_the_gpu_is_picked(tmp_path):
     op = BuiltOp(tmp_path / "toy")
     assert op.fitting(tensors(), "8.0").plan["target"] == "sm80"
     assert op.fitting(tensors(), "9.0").plan["target"] == "sm90"
-
-
-def test_arguments_go_by_place_or_by_name(tmp_path):
-    write_variant(tmp_path, toy.toy())
-    op = BuiltOp(tmp_path / "toy")
-    assert op.bind((1, 2), {}) == op.bind((1,), {"g": 2}) == op.bind((), {"g": 2, "x": 1}) == {"x": 1, "g": 2}
-
-
-def test_a_call_returns_output_and_state(tmp_path, op, monkeypatch):
-    built = BuiltOp(tmp_path / "toy")
-    monkeypatch.setattr(built, "select", lambda given: op)
-    o, state = built(*tensors().values())
-    assert tuple(o.shape) == (2, 37, 3, 64) and state is None
-    o, state = built(*tensors().values(), initial_state=torch.ones(2, 3, 16, 64), output_final_state=True)
-    assert tuple(state.shape) == (2, 3, 16, 64)
-    assert torch.equal(op.calls[-1][1][1], torch.ones(2, 3, 16, 64))
 
 
 def test_a_variant_names_target_dtype_dims_and_what_differs():

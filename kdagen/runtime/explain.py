@@ -1,0 +1,79 @@
+"""`op.explain()`: what runs an op on CPU and on CUDA tensors, where its kernels are, and what ran last."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from kdagen.runtime import manifest as manifests
+from kdagen.target import target
+
+LABEL = 14
+KIB = 1024
+
+
+def explain(op) -> str:
+    """Lines of "label  text" about an Op."""
+    rows = [
+        ("CPU tensors", "CPU backend: batched matrix products on torch, one pass over chunks of tokens"),
+        *op.kernels.describe(),
+        ("last call", op.last or "none yet"),
+    ]
+    name = str(op.torch_op).removesuffix(".default")
+    return "\n".join([f"{op.signature}: torch.ops.{name}", *(_row(label, text) for label, text in rows)])
+
+
+def _row(label: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        width=120,
+        initial_indent=f"{label:<{LABEL}}",
+        subsequent_indent=" " * LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def describe_plan(plan: dict) -> list[tuple[str, str]]:
+    """What kernels of this launch plan do: target, chunk, decay, schedule."""
+    gpu, dims, schedule = target(plan["target"]), plan["dims"], dict(plan["schedule"])
+    decay, chunk = schedule.pop("decay", "none"), schedule.pop("chunk_size", plan["chunk_size"])
+    return [
+        ("CUDA tensors", f"kernels for {gpu.name} ({gpu.example}), {plan['dtype']}, K = {dims['K']}, V = {dims['V']}"),
+        ("  chunk size", f"{chunk} tokens"),
+        ("  decay", f"{decay}{_reason(plan, decay, chunk)}"),
+        ("  schedule", ", ".join(f"{field} {value}" for field, value in schedule.items())),
+    ]
+
+
+def _reason(plan: dict, decay: str, chunk: int) -> str:
+    """Why the decays are kept finite in this way, where it is the compiler's own choice."""
+    if not plan.get("recurrence"):
+        return ""
+    from kdagen.ir.canonical_json import from_json
+    from kdagen.lower.decay import decay_form
+
+    form, reason = decay_form(from_json(plan["recurrence"]["canonical"]), chunk, plan["dtype"])
+    return f": {reason}" if form.value == decay else ": chosen in the schedule"
+
+
+def describe_kernels(folder: Path, where: str) -> list[tuple[str, str]]:
+    """The kernels that a manifest lists, with what the compiler said of them."""
+    rows = [("  found in", f"{folder} ({where})")]
+    for kernel in manifests.read(folder)["kernels"]:
+        spilled = (kernel["spill_stores"] or 0) + (kernel["spill_loads"] or 0)
+        shared = (kernel["shared_bytes"] + (kernel["static_shared_bytes"] or 0)) / KIB
+        rows.append(
+            (
+                "",
+                f"{kernel['name']}: {kernel['block'][0]} threads, {kernel['registers']} registers, "
+                f"{f'{spilled} bytes spilled' if spilled else 'no spills'}, {shared:.1f} KiB of shared memory",
+            )
+        )
+    return rows
+
+
+def describe_missing(nvcc: bool, holdings: str, command: str) -> list[tuple[str, str]]:
+    """What happens where no kernels were built."""
+    how = "compiled at the first call" if nvcc else f"an error at the first call, for there is no nvcc; {command}"
+    return [("  found in", f"neither build folder nor cache ({holdings}): {how}")]

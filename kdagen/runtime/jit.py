@@ -1,0 +1,159 @@
+"""Finds the kernels that an op runs on a GPU: in the build folder, in the cache, or built just in time.
+
+They are looked for by the hash of their generated sources, so what is found computes exactly this recurrence. When
+they are neither there nor can be built, that is an error: nothing falls back to anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import threading
+import time
+from functools import cached_property
+from pathlib import Path
+
+from kdagen import debug
+from kdagen.errors import ArgumentError, TargetError, ToolchainError
+from kdagen.runtime import manifest as manifests
+from kdagen.runtime.loader import LoadedOp, cached_op_folder, find_built, load_op
+from kdagen.runtime.options import Options
+from kdagen.target import TARGETS, Target, target
+
+log = logging.getLogger("kdagen")
+
+
+class JustInTime:
+    """The kernels of one recurrence under one set of options, for whichever GPU asks."""
+
+    def __init__(self, recurrence, options: Options, spec: str):
+        self.recurrence, self.options, self.spec = recurrence, options, spec
+        self._sources: dict[str, object] = {}
+        self._loaded: dict[str, LoadedOp] = {}
+        self._lock = threading.Lock()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The build folder that is looked in."""
+        return Path(self.options.build_dir) if self.options.build_dir else debug.build_dir()
+
+    def source(self, gpu: Target):
+        """The OpSource for a target; generated once."""
+        if gpu.name not in self._sources:
+            from kdagen.pipeline import compile_op
+
+            o = self.options
+            self._sources[gpu.name] = compile_op(
+                self.recurrence, o.head_dim, o.dtype, gpu.name, o.schedule, o.gate_dtype, template_folders=o.templates
+            )
+        return self._sources[gpu.name]
+
+    def fitting(self, tensors: dict, capability: str) -> LoadedOp:
+        """The kernels for these arguments on a GPU of compute capability "9.0"; built if they are nowhere."""
+        gpu = self.target(capability)
+        self._check(tensors, gpu, capability)
+        with self._lock:
+            if gpu.name not in self._loaded:
+                self._loaded[gpu.name] = load_op(self.find(gpu) or self.build(gpu))
+            return self._loaded[gpu.name]
+
+    def target(self, capability: str) -> Target:
+        """The target of the GPU at hand; an arch that was asked for must run on it."""
+        name, fits = self.recurrence.name, [t for t in TARGETS.values() if capability in t.runs_on]
+        if not self.options.arch:
+            if not fits:
+                known = ", ".join(f"{t.runs_on[0]} ({t.example})" for t in TARGETS.values() if t.compiles)
+                raise TargetError(
+                    f"{name}: kdagen does not compile for compute capability {capability}: expected one of {known}"
+                )
+            return fits[0]
+        gpu = target(self.options.arch)
+        if capability not in gpu.runs_on:
+            advice = f"arch='{fits[0].name}', or leave arch out" if fits else "another GPU"
+            raise TargetError(
+                f"{name}: compiled for {gpu.name} (compute capability {' or '.join(gpu.runs_on)}), but the GPU has "
+                f"{capability}; {self.holdings()}. Expected {advice}"
+            )
+        return gpu
+
+    def _check(self, tensors: dict, gpu: Target, capability: str) -> None:
+        """Before anything is built: whether what would be built takes these arguments."""
+        plan = self.source(gpu).plan()
+        kernels = LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": plan})
+        if problem := kernels.mismatch(tensors, capability):
+            raise ArgumentError(
+                f"{self.recurrence.name}: {problem}. Convert it, or compile for it: "
+                f"kg.compile(..., head_dim=(K, V), dtype=..., gate_dtype=...) gives {manifests.variant(plan)} now"
+            )
+
+    def find(self, gpu: Target) -> Path | None:
+        """The folder of kernels that were built already."""
+        return find_built(self.source(gpu), [self.folder])
+
+    def where(self, place: Path) -> str:
+        """How people call the place in which kernels were found."""
+        return "build folder" if self.folder in place.parents else "cache"
+
+    def build(self, gpu: Target) -> Path:
+        """Compiles the kernels into the cache; another process that wants the same waits for it."""
+        self._check_toolchain(gpu)
+        from kdagen.build.builder import build_cached
+
+        what = f"{self.recurrence.name} for {manifests.variant(self.source(gpu).plan())}"
+        log.warning(
+            "%s: not built yet (%s): compiling now. Ahead of time: %s", what, self.holdings(), self.command(gpu)
+        )
+        started = time.perf_counter()
+        place = build_cached(self.source(gpu))
+        log.info("%s: compiled in %.1f s, into %s", what, time.perf_counter() - started, place)
+        return place
+
+    def _check_toolchain(self, gpu: Target) -> None:
+        from kdagen.build.toolchain import find_nvcc
+
+        try:
+            find_nvcc()
+        except ToolchainError as error:
+            looked = f"{self.folder} and {cached_op_folder(manifests.digest(self.source(gpu)))}"
+            raise ToolchainError(
+                f"{self.recurrence.name}: no kernels for {gpu.name} in {looked} ({self.holdings()}), and none can be "
+                f"built here: {error}\nor build them on another machine, which needs no GPU, and pass build_dir=DIR "
+                f"to kg.compile (or set KDAGEN_BUILD_DIR):\n  {self.command(gpu)}"
+            ) from None
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Rows of `op.explain()`: for the arch that was asked for, else the GPU at hand, else sm90."""
+        from kdagen.runtime import explain
+
+        gpu = self._likely_target()
+        rows = explain.describe_plan(self.source(gpu).plan())
+        if place := self.find(gpu):
+            return rows + explain.describe_kernels(place, self.where(place))
+        return rows + explain.describe_missing(_has_nvcc(), self.holdings(), self.command(gpu))
+
+    def _likely_target(self) -> Target:
+        import torch
+
+        if self.options.arch or not torch.cuda.is_available():
+            return target(self.options.arch or "sm90")
+        return self.target(".".join(map(str, torch.cuda.get_device_capability())))
+
+    def holdings(self) -> str:
+        """What the build folder has of this op."""
+        folder = self.folder / self.recurrence.name
+        found = sorted(path.parent.name for path in folder.glob(f"[!.]*/{manifests.MANIFEST}"))
+        return f"{folder} holds {', '.join(found) if found else 'nothing'}"
+
+    def command(self, gpu: Target) -> str:
+        """The `kdagen build` that makes these kernels."""
+        words = ["kdagen", "build", "--arch", gpu.name, "--op", self.spec, "--out", "DIR", *self.options.words()]
+        return shlex.join(words)
+
+
+def _has_nvcc() -> bool:
+    from kdagen.build.toolchain import find_nvcc
+
+    try:
+        return bool(find_nvcc())
+    except ToolchainError:
+        return False

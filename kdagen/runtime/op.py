@@ -1,0 +1,184 @@
+"""`kdagen.compile` and what it returns: an op that runs on CPU tensors at once and on CUDA tensors by built kernels.
+
+An `Op` binds arguments (signature) and calls its torch op (torch_op), whose implementations check them (checks) and run
+the CPU backend (cpu) or kernels (found by jit, or those of a built package). What would run, in words, is in explain.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdagen.runtime import torch_op
+from kdagen.runtime.checks import check, short
+from kdagen.runtime.signature import Signature, describe, signature
+
+if TYPE_CHECKING:
+    from kdagen.recurrence import Recurrence
+    from kdagen.schedule import Schedule
+
+log = logging.getLogger("kdagen")
+_ops: dict[str, Op] = {}  # by identity: the same thing compiled again, as notebooks do, is the same op
+
+
+def compile(
+    recurrence: Recurrence | str,
+    head_dim: int | tuple[int, int] = (128, 128),
+    dtype="bfloat16",
+    arch: str | None = None,
+    schedule: Schedule | dict | None = None,
+    gate_dtype=None,
+    templates: Sequence[str | Path] = (),
+    build_dir: str | Path | None = None,
+) -> Op:
+    """The op of a recurrence. Nothing is compiled here; on CPU tensors only `recurrence` matters.
+
+    Args:
+        recurrence: what `@kg.recurrence` returns, a name of the zoo, or "file.py:name".
+        head_dim: (K, V) of the GPU kernels, each 64, 128 or 256; one number stands for both.
+        dtype: of keys, values and output on GPUs: "bfloat16" or "float16" (or torch's).
+        arch: "sm90" and the like; that of the tensors' GPU unless given.
+        schedule: a whole schedule, or the fields in which it differs from the default.
+        gate_dtype: of gates and scalars a token on GPUs; `dtype` unless given.
+        templates: folders of kernel skeletons that come before kdagen's own.
+        build_dir: the folder that `kdagen build` wrote; KDAGEN_BUILD_DIR or ./kdagen_ops unless given.
+
+    Raises:
+        RecurrenceError: the recurrence is outside the family, or there is none of that name.
+        ArgumentError, TargetError: a dtype or arch that there are no kernels for.
+    """
+    from kdagen.derive.canonical import canonical
+    from kdagen.recurrence import load
+    from kdagen.runtime import jit, options
+
+    spec, recurrence = recurrence, load(recurrence)
+    chosen = options.options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir)
+    form = canonical(recurrence)
+    description = describe(recurrence, form)
+    description["canonical"]["doc"] = ""
+    identity = torch_op.identity(description, chosen.json())
+    if identity not in _ops:
+        kernels = jit.JustInTime(recurrence, chosen, spec if isinstance(spec, str) else options.spec_of(recurrence))
+        _ops[identity] = Op(signature(description), identity, lambda: form, kernels)
+    return _ops[identity]
+
+
+class Op:
+    """A recurrence as a torch op: `o, final_state = op(q, k, v, ..., initial_state=None, output_final_state=False)`.
+
+    Arguments go by place or by the recurrence's own names: keys and channels [B, T, H, K], values [B, T, H, V],
+    scalars [B, T, H], parameters [H] or [H, K]. A sequence (kg.Key[n]) is a list of n tensors, or one stacked on the
+    dimension before the heads. o is [B, T, H, V] in v's dtype; final_state is [B, H, K, V] in float32 (float64 for
+    float64), None unless asked for. GPU kernels read contiguous tensors: others are copied first.
+    """
+
+    def __init__(self, signature: Signature, identity: str, form: Callable, kernels):
+        """`form()` gives the canonical form; `kernels.fitting(tensors, capability)` gives a LoadedOp."""
+        self.signature, self.kernels, self._form = signature, kernels, form
+        self.last: str | None = None  # what ran last
+        self._announced: set = set()
+        self.torch_op = torch_op.register(signature, identity, self._cpu, self._cuda, self._fake)
+
+    def __call__(self, *args, initial_state=None, output_final_state: bool = False, **named):
+        """(output [B, T, H, V], final state [B, H, K, V] or None)."""
+        given = self.signature.bind(args, named)
+        o, state = self.torch_op(*given, initial_state, output_final_state)
+        return o, state if output_final_state else None
+
+    @property
+    def name(self) -> str:
+        """The recurrence's name."""
+        return self.signature.name
+
+    @cached_property
+    def program(self):
+        """The chunk form, which the CPU backend runs."""
+        from kdagen.derive.chunk import chunk_form
+
+        return chunk_form(self._form())
+
+    # -- what torch calls
+
+    def _arguments(self, given: tuple, initial_state=None, output_final_state: bool = False):
+        """Tensors by name, initial state and flag; torch passes all by place, and drops defaults at the end."""
+        names = self.signature.tensors
+        options = given[len(names) :]
+        return dict(zip(names, given)), *options, *(initial_state, output_final_state)[len(options) :]
+
+    def _cpu(self, *given, **options):
+        tensors, initial_state, output_final_state = self._arguments(given, **options)
+        sizes = check(self.signature, tensors, initial_state)
+        o, state = self._results(sizes, tensors, initial_state)
+        if o.numel():
+            from kdagen.runtime import cpu
+
+            o, state = cpu.run(self.program, tensors, initial_state)
+        self._note(tensors, "CPU backend, batched matrix products on torch")
+        return o, state if output_final_state else state.new_empty(0)
+
+    def _cuda(self, *given, **options):
+        tensors, initial_state, output_final_state = self._arguments(given, **options)
+        sizes = check(self.signature, tensors, initial_state)
+        kernels = self.kernels.fitting(tensors, _capability(given[0].device))
+        o, state = self._results(sizes, tensors, initial_state)
+        if o.numel():
+            o, state = self._launch(kernels, tensors, initial_state)
+        self._note(tensors, f"kernels in {kernels.folder}")
+        return o, state if output_final_state else state.new_empty(0)
+
+    def _launch(self, kernels, tensors: dict, initial_state):
+        if initial_state is not None:
+            tensors = {**tensors, kernels.by_role["initial_state"]: initial_state}
+        results = kernels.launch({name: self._contiguous(name, t) for name, t in tensors.items()})
+        return results[kernels.by_role["out"]], results[kernels.by_role["final_state"]]
+
+    def _contiguous(self, name: str, tensor):
+        if not tensor.is_contiguous() and name not in self._announced:
+            self._announced.add(name)
+            log.debug("%s: %s is not contiguous and is copied at each call", self.name, name)
+        return tensor.contiguous()
+
+    def _fake(self, *given, **options):
+        tensors, initial_state, output_final_state = self._arguments(given, **options)
+        o, state = self._results(check(self.signature, tensors, initial_state), tensors, None, empty=True)
+        return o, state if output_final_state else state.new_empty(0)
+
+    def _results(self, sizes: dict, tensors: dict, initial_state, empty: bool = False):
+        """Output and final state as they are with no token: the state stays as it was."""
+        import torch
+
+        like, (b, t, h, k, v) = tensors[self.signature.value], (sizes[dim] for dim in "BTHKV")
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        make = like.new_empty if empty else like.new_zeros
+        o = like.new_empty((b, t, h, v))
+        if initial_state is not None:
+            return o, initial_state.clone(memory_format=torch.contiguous_format)
+        return o, make((b, h, k, v), dtype=dtype)
+
+    def _note(self, tensors: dict, what: str) -> None:
+        value = tensors[self.signature.value]
+        kind = f"{short(value.dtype)} tensors on {value.device}"
+        self.last = f"{kind}: {what}"
+        if kind not in self._announced:
+            self._announced.add(kind)
+            log.info("%s: %s", self.name, self.last)
+
+    # -- what people read
+
+    def explain(self) -> str:
+        """What would run on CPU and on CUDA tensors, and what ran last."""
+        from kdagen.runtime.explain import explain
+
+        return explain(self)
+
+    def __repr__(self) -> str:
+        return f"<kdagen op {self.signature}: print(op.explain()) says what runs it>"
+
+
+def _capability(device) -> str:
+    import torch
+
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))

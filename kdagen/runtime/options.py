@@ -1,0 +1,77 @@
+"""What `kdagen.compile` was asked for, as plain data: tells ops apart, and says the same to `kdagen build`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdagen import zoo
+from kdagen.errors import ArgumentError
+from kdagen.pipeline import DTYPES
+from kdagen.runtime.checks import short
+from kdagen.schedule import Schedule
+from kdagen.target import target
+
+GATE_DTYPES = (*DTYPES, "float32")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `kdagen.compile` was asked to compile."""
+
+    head_dim: tuple[int, int] = (128, 128)
+    dtype: str = "bfloat16"
+    arch: str | None = None
+    schedule: Schedule | dict | None = None  # a dict: the fields in which it differs from the default
+    gate_dtype: str | None = None
+    templates: tuple[str, ...] = ()
+    build_dir: str | None = None
+
+    def json(self) -> dict:
+        """What tells these options from others, the text of the skeletons included."""
+        fields = {**vars(self), "schedule": self.fields()}
+        texts = [
+            (path.name, path.read_text()) for folder in self.templates for path in sorted(Path(folder).glob("*.j2"))
+        ]
+        return {**fields, "templates": [self.templates, texts]}
+
+    def fields(self) -> dict:
+        """The schedule's fields that were chosen."""
+        return self.schedule.fields() if isinstance(self.schedule, Schedule) else dict(self.schedule or {})
+
+    def words(self) -> list[str]:
+        """The same as options of `kdagen build`; defaults are left out."""
+        pairs = [
+            *([("--head-dim", f"{self.head_dim[0]},{self.head_dim[1]}")] if self.head_dim != Options.head_dim else []),
+            *([("--dtype", self.dtype)] if self.dtype != Options.dtype else []),
+            *([("--gate-dtype", self.gate_dtype)] if self.gate_dtype else []),
+            *(("--schedule", f"{field}={getattr(value, 'value', value)}") for field, value in self.fields().items()),
+            *(("--templates", folder) for folder in self.templates),
+        ]
+        return [word for pair in pairs for word in pair]
+
+
+def options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir) -> Options:
+    """Options as plain data; what no schedule or GPU could take is refused here."""
+    dims = (head_dim, head_dim) if isinstance(head_dim, int) else tuple(head_dim)
+    if len(dims) != 2 or not all(isinstance(n, int) and n > 0 for n in dims):
+        raise ArgumentError(f"head_dim = {head_dim!r}: expected K or (K, V), such as 128 or (128, 64)")
+    if (name := short(dtype)) not in DTYPES:
+        raise ArgumentError(
+            f"dtype = {name!r}: expected one of {', '.join(DTYPES)}. It is that of the GPU kernels: "
+            f"on the CPU an op takes float32 and float64 tensors too, whatever dtype it was compiled for"
+        )
+    if gate_dtype and short(gate_dtype) not in GATE_DTYPES:
+        raise ArgumentError(f"gate_dtype = {short(gate_dtype)!r}: expected one of {', '.join(GATE_DTYPES)}")
+    folders = tuple(str(Path(folder).resolve()) for folder in templates)
+    gates = short(gate_dtype) if gate_dtype else None
+    place = str(Path(build_dir).resolve()) if build_dir else None
+    return Options(dims, name, target(arch).name if arch else None, schedule, gates, folders, place)
+
+
+def spec_of(recurrence) -> str:
+    """How a command names a recurrence: as one of the zoo, or by the file that it stands in."""
+    if recurrence.name in zoo.names() and zoo.get(recurrence.name) is recurrence:
+        return recurrence.name
+    file = Path(recurrence.body.__code__.co_filename)
+    return f"{file if file.is_file() else 'FILE.py'}:{recurrence.name}"

@@ -1,0 +1,104 @@
+"""An op as the package that `kdagen build` writes exposes it: `from my_ops import kda`.
+
+Called like the op that `kdagen.compile` returns, and a torch op like it (kdagen.runtime.op), but nothing is compiled:
+the manifests say what the op takes, and which GPU, dtypes and head dims each folder of kernels is for. On CPU tensors
+it runs the CPU backend, on the recurrence as the manifest stores it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from functools import cached_property
+from pathlib import Path
+
+from kdagen.errors import ArgumentError, ArtefactError, KdagenError
+from kdagen.runtime import manifest as manifests
+from kdagen.runtime.loader import LoadedOp, load_op
+
+
+class BuiltOp:
+    """One op of a package, with all its folders of kernels; see kdagen.runtime.op.Op for what it takes."""
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.name = Path(folder), Path(folder).name
+        self._op = None
+        if "torch" in sys.modules:  # at once, for torch.compile cannot trace the reading of files
+            with contextlib.suppress(KdagenError):  # a damaged op keeps no other from loading: its first call says so
+                self.load()
+
+    def __call__(self, *args, initial_state=None, output_final_state: bool = False, **named):
+        """(output [B, T, H, V], final state [B, H, K, V] or None)."""
+        if self._op is None:
+            self.load()
+        return self._op(*args, initial_state=initial_state, output_final_state=output_final_state, **named)
+
+    def load(self):
+        """Reads the manifests, checks their hashes, registers the torch op; returns the Op."""
+        from kdagen.runtime import torch_op
+        from kdagen.runtime.op import Op
+        from kdagen.runtime.signature import signature
+
+        recurrence = self.recurrence
+        identity = torch_op.identity("built", str(self.folder.resolve()), recurrence)
+        self._op = Op(signature(recurrence), identity, self._canonical, self)
+        return self._op
+
+    @cached_property
+    def variants(self) -> list[LoadedOp]:
+        """Its folders of kernels, with hashes checked."""
+        found = [load_op(path.parent) for path in sorted(self.folder.glob(f"[!.]*/{manifests.MANIFEST}"))]
+        if not found:
+            raise ArtefactError(
+                f"{self.folder} holds no built kernels: rebuild it with `kdagen build --op {self.name}`"
+            )
+        return found
+
+    @property
+    def recurrence(self) -> dict:
+        """What all its kernels compute, as the manifests store it."""
+        first, *others = (variant.plan["recurrence"] for variant in self.variants)
+        if first is None or any(other != first for other in others):
+            names = ", ".join(variant.folder.name for variant in self.variants)
+            raise ArtefactError(
+                f"{self.folder}: {names} do not say that they compute one and the same recurrence: "
+                f"rebuild all of them with `kdagen build --op {self.name}`"
+            )
+        return first
+
+    def _canonical(self):
+        from kdagen.ir.canonical_json import from_json
+
+        return from_json(self.recurrence["canonical"])
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of its tensors, in order."""
+        return self.variants[0].plan["arguments"]
+
+    def fitting(self, tensors: dict, capability: str) -> LoadedOp:
+        """The variant for a compute capability ("9.0") and tensors; says why each other does not fit."""
+        reasons = {v.folder.name: v.mismatch(tensors, capability) for v in self.variants}
+        for variant in self.variants:
+            if reasons[variant.folder.name] is None:
+                return variant
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ArgumentError(
+            f"no kernels of {self.name} fit ({listed}): build some with `kdagen build --op {self.name}`"
+        )
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Rows of `explain`: each folder of kernels."""
+        from kdagen.runtime import explain
+
+        parts = ((v.plan, v.folder) for v in self.variants)
+        return [
+            row for plan, at in parts for row in explain.describe_plan(plan) + explain.describe_kernels(at, "built")
+        ]
+
+    def explain(self) -> str:
+        """What would run on CPU and on CUDA tensors, and what ran last."""
+        return (self._op or self.load()).explain()
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(self.arguments)}) built for {', '.join(v.folder.name for v in self.variants)}"
