@@ -34,7 +34,7 @@ DECISIVE = ("adapter.py", "kernel.py", "launcher.py", "launcher.h", "launcher.c.
 
 
 @dataclass(frozen=True)
-class BuiltOp:
+class Built:
     """What a build made of one OpSource."""
 
     name: str
@@ -43,7 +43,7 @@ class BuiltOp:
     kernels: tuple[dict, ...]  # each kernel's report, with "cached"
 
 
-def build(sources: Sequence, out_dir: Path, jobs: int | None = None, progress: Progress | None = None) -> list[BuiltOp]:
+def build(sources: Sequence, out_dir: Path, jobs: int | None = None, progress: Progress | None = None) -> list[Built]:
     """Compiles the kernels of `sources` (OpSources, each for its own target) and writes them to `out_dir`.
 
     Raises:
@@ -99,10 +99,10 @@ def _jobs(source) -> list[Job]:
     return [job_of(kernel, source) for kernel in source.kernels]
 
 
-def _write(source, entries, out_dir: Path) -> BuiltOp:
+def _write(source, entries, out_dir: Path) -> Built:
     files, contents, kernels = _assemble(source, entries)
     place = folders.write_op(out_dir, source.name, manifests.variant(contents["plan"]), files, contents)
-    return BuiltOp(source.name, source.target, place, kernels)
+    return Built(source.name, source.target, place, kernels)
 
 
 def _assemble(source, entries) -> tuple[list[Path], dict, tuple[dict, ...]]:
