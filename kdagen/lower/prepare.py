@@ -117,7 +117,7 @@ class Prepare:
             read = self.guarded("i", f"T.cast({name}[b, {row}i, h], 'float32')")
             self.keep(op.out, lambda i: read, op.eq, name=name)
         if op.out.name in self.gates:
-            self.keep_gate(op.out, self.access[op.out.name], f"{op.eq}, in log2")
+            self.keep_gate(op.out, f"{op.eq}, in log2")
 
     def guarded(self, row: str, text: str) -> str:
         """`text` where row lies in the sequence, else zero."""
@@ -125,16 +125,22 @@ class Prepare:
 
     def keep(self, value: Value, access: Access, eq: str, name: str = "") -> None:
         """Give a value a buffer in shared memory and read it from there."""
-        name = self.block.shared(name or value.name, *(self.workspace.size(d) for d in value.dims))
-        loops = tuple(zip("ij", (self.workspace.size(d) for d in value.dims)))
-        index = [i for i, _ in loops]
-        self.block.add(Map(loops, ((element(name)(*index), access(*index)),), eq=eq))
-        self.define(value, element(name))
+        self.define(value, element(self.fill(name or value.name, value.dims, access, eq)))
 
-    def keep_gate(self, value: Value, access: Access, eq: str) -> None:
-        """Keep the log decay in log2, where exponentials are cheapest; a vector gate where its running sums will be."""
-        name = "through" if value.dims == ("C", "K") else value.name
-        self.keep(value, lambda *index: f"{access(*index)} * {LOG2E}", eq, name=name)
+    def fill(self, name: str, dims: tuple[str, ...], access: Access, eq: str) -> str:
+        """A shared buffer holding what `access` reads."""
+        loops = tuple(zip("ij", (self.workspace.size(d) for d in dims)))
+        index, name = [i for i, _ in loops], self.block.shared(name, *(n for _, n in loops))
+        self.block.add(Map(loops, ((element(name)(*index), access(*index)),), eq=eq))
+        return name
+
+    def keep_gate(self, value: Value, eq: str) -> None:
+        """Keep the log decay in log2, where exponentials are cheapest; a vector gate where its running sums will be.
+
+        The value itself is still read as it was: other expressions may mention the gate.
+        """
+        access, name = self.access[value.name], "through" if value.dims == ("C", "K") else value.name
+        self.fill(name, value.dims, lambda *index: f"{access(*index)} * {LOG2E}", eq)
 
     def map(self, op: TensorMap) -> None:
         expr = self.hoist(op) if op.out.dims == ("C", "K") else op.expr
@@ -147,12 +153,11 @@ class Prepare:
             text = f"({text})"
             return self.guarded(index[0], text) if op.zero_past_end and not self.vanishes(op) else text
 
+        self.define(op.out, access)
         if op.out.name in self.gates:
-            self.keep_gate(op.out, access, op.eq)
+            self.keep_gate(op.out, op.eq)
         elif op.out.dims == ("C",) or (op.out.dims == ("C", "K") and not cheap(expr)):
             self.keep(op.out, access, op.eq)
-        else:
-            self.define(op.out, access)
 
     def operands(self, op: TensorMap) -> list[tuple[Value, tuple[str, ...]]]:
         """An op's operands, with the row factor that `hoist` made for it."""

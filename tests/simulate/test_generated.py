@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from foreign import CASES
 
 from kdagen import zoo
 from kdagen.derive.canonical import canonical
@@ -44,6 +45,12 @@ def check(recurrence, gate="mild", shape=(1, 75, 2), head_dim=(64, 64), dtype="b
 @pytest.mark.parametrize("name", zoo.names())
 def test_zoo_at_head_dim_128(name, gate):
     check(zoo.get(name), gate, head_dim=(128, 128))
+
+
+@pytest.mark.parametrize("gate", ["mild", "reset"])
+@pytest.mark.parametrize("name", CASES)
+def test_recurrences_outside_the_zoo(name, gate):
+    check(CASES[name][0], gate, shape=(1, 50, 1))
 
 
 @pytest.mark.parametrize("name", zoo.names())
