@@ -15,7 +15,8 @@ def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, tar
     """
     rows = max(1, len(canonical.solving))
     chunk = choices.get("chunk_size") or chunk_size(canonical, dims, dtype, target)
-    v_tile = 128 if target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128 else 64
+    wide = target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128 and rows == 1
+    v_tile = 128 if wide else 64
     return Schedule(
         chunk_size=chunk,
         decay=decay_form(canonical, chunk, dtype)[0],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdagen.errors import KdagenError
+from kdagen.errors import KdagenError, ScheduleError
 from kdagen.ir.tensor import Map as TensorMap
 from kdagen.ir.tensor import MatMul, Program, Value
 from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map, Statement, base, reads
@@ -167,6 +167,8 @@ class Step:
 
     def load_parts(self, value: Value, n: str) -> list[Statement]:
         c, parts = self.chunk, self.workspace.parts[value.name]
+        if len(parts) > 1 and self.tile > 64:  # a wider tile is laid out in halves, which one copy cannot fill by rows
+            raise ScheduleError(f"v_tile {self.tile}: {len(parts)} streams are stacked in '{value.name}', expected 64")
         tile = self.block.shared(value.name, len(parts) * c, self.tile, dtype=self.workspace.dtype)
         columns = f"tile * {self.tile}:tile * {self.tile} + {self.tile}"
         copies = []

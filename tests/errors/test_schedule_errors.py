@@ -30,6 +30,11 @@ def test_choices_that_do_not_fit(choices, message):
         compile_op(zoo.get("kda"), **choices)
 
 
+def test_stacked_streams_need_a_narrow_tile():
+    with pytest.raises(ScheduleError, match="v_tile 128: 2 streams are stacked in 'Y', expected 64"):
+        compile_op(zoo.get("deltaproduct"), schedule={"v_tile": 128})
+
+
 def test_unknown_arch_lists_the_known():
     with pytest.raises(
         TargetError, match="unknown arch .sm75.: expected one of sm80, sm89, sm90"
