@@ -21,7 +21,6 @@ from kdagen.target import Target
 
 # The last of the passes that give the roles of a kernel (explicit WSSchedule or automatic) their own warps.
 SPECIALISING_PASS = "tl.ProducerConsumerWarpSpecialized"
-ROLE_MARKS = ("kCustomWarpSpecialization", "kWarpSpecializationScope")  # explicit, automatic
 DIMS = ("x", "y", "z")
 _quiet_lock = threading.RLock()
 
@@ -98,7 +97,7 @@ def lower(prim_func, target: Target) -> Lowered:
 def specialised(prim_func, target: Target):
     """The PrimFunc with its warps' roles told apart: barriers, asynchronous copies and one branch a role.
 
-    Where the target or the program has no such roles, the program as it was: see `is_specialised`.
+    Where the target or the program has no such roles, the program as it was.
     """
     with _tilelang(f"specialising {_name(prim_func)} for {target.name}") as tilelang:
         from tvm.ir.instrument import pass_instrument
@@ -122,11 +121,6 @@ def specialised(prim_func, target: Target):
         if target.warp_specialised:
             raise ToolchainError(f"this TileLang has no pass {SPECIALISING_PASS}: kdagen expects tilelang 0.1.15")
         return prim_func
-
-
-def is_specialised(prim_func) -> bool:
-    """Whether the branches of a PrimFunc are warp roles, as `specialised` leaves them."""
-    return bool(nodes(prim_func.body, lambda n: type(n).__name__ == "AttrStmt" and str(n.attr_key) in ROLE_MARKS))
 
 
 def nodes(tree, wanted) -> list:

@@ -55,7 +55,7 @@ class Wait:
     def __str__(self):
         b = self.barrier
         state = f"now in phase {b.phase}, {b.arrived} of {b.expected} arrived, {b.in_flight} copies in flight"
-        return f"waits for parity {self.parity} of {b.name} ({state})"
+        return f"wait for parity {self.parity} of {b.name} ({state})"
 
 
 class Late:
@@ -152,7 +152,7 @@ def retire(f: Role):
     """The oldest wgmma is done: its result shows, unless a later one still adds to it."""
     flight = f.flights.pop(0)
     gemm, accumulator = flight.gemm, flight.gemm.out.handle
-    for region, box, before in zip((gemm.a, gemm.b), flight.boxes, flight.operands, strict=False):
+    for region, box, before in zip((gemm.a, gemm.b), flight.boxes[:2], flight.operands, strict=True):
         if read_box(f, region.handle, *box).tobytes() != before:
             raise SimulationError(
                 f"{f}: '{region.handle.name}' changed while the wgmma into '{accumulator.name}' was reading it: "

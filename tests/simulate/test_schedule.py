@@ -38,6 +38,11 @@ def test_an_automatic_schedule_of_plain_products_holds():
     assert len(report.roles) == 2
 
 
+def test_a_target_without_roles_leaves_the_program_as_it_is():
+    kernel = gemm()
+    assert adapter.specialised(kernel, target("sm80")).same_as(kernel)
+
+
 def test_one_role_needs_one_seed():
     k, beta = np.ones((1, 32, 1, 64), bfloat16), np.ones((1, 32, 1), np.float32)
     arrays = [k, np.zeros(k.shape, np.float32), beta, nans((1, 2, 1, 16, 16), bfloat16)]
@@ -135,7 +140,7 @@ def test_a_deadlock_says_who_waits_for_what():
     with pytest.raises(SimulationError) as caught:
         handshake(0, arrive="pass")
     assert str(caught.value) == (
-        "deadlock: threads 128 to 255 waits for parity 0 of barrier full[0] "
+        "deadlock: threads 128 to 255 wait for parity 0 of barrier full[0] "
         "(now in phase 0, 0 of 128 arrived, 0 copies in flight)"
     )
 
