@@ -1,7 +1,7 @@
 """From the canonical form to the chunk form: the tensor program of one chunk of one head.
 
     A_ij = q_i . (decay from j to i) x_j          L likewise, by the streams' own reads, j < i
-    P = (I - L)^{-1} scale (Y + Z S) + M Y_n      S' = gamma S + X^T P + X_n^T Y_n      O = Q S + A P + A_n Y_n
+    P = (I - L)^{-1} scale (Y + Z S + L_n Y_n)      S' = gamma S + X^T P + X_n^T Y_n      O = Q S + A P + A_n Y_n
 
 Streams that read the state (or each other) enter the solve; the others (suffix _n) are known beforehand, P = Y.
 Unlike the canonical form, which speaks of one token, this speaks of C at once. No recurrence is special here.
@@ -13,27 +13,23 @@ from collections.abc import Iterable
 
 import sympy
 
+from kdagen.derive.prepared import Prepare, indices
 from kdagen.ir.canonical import Argument, Canonical, Intra, Reader
-from kdagen.ir.functions import ChannelSum, axis_of
 from kdagen.ir.tensor import (
     Decay,
     Gram,
     Interleave,
-    Load,
     Map,
     MatMul,
     Op,
     Program,
-    RowSum,
     SolveTril,
     Span,
     Value,
 )
 
-INDEX = {"C": "i", "K": "k", "V": "v"}
 SAME_TOKEN = sympy.KroneckerDelta(sympy.Symbol("i"), sympy.Symbol("j"))
 STATE = Value("S", ("K", "V"))
-RESERVED = ("S", "S_kept", "S_next", "R", "P", "O")  # names of scan and output values
 
 
 def chunk_form(canonical: Canonical) -> Program:
@@ -44,80 +40,6 @@ def chunk_form(canonical: Canonical) -> Program:
 def rows(streams: int) -> str:
     """The row dimension of `streams` interleaved streams."""
     return "C" if streams == 1 else f"{streams}C"
-
-
-class Prepare:
-    """The prepare section under construction; each expression is computed once, under a unique name."""
-
-    def __init__(self, arguments: Iterable[Argument]):
-        self.ops: list[Op] = []
-        self.names = set(RESERVED)
-        self.made: dict[sympy.Expr, Value] = {}
-        self.loads: dict[sympy.Symbol, Value] = {}
-        self.axes = {a.symbol: a.axis for a in arguments}
-        for a in arguments:
-            dims = tuple(d for d in ("C" if a.per_token else "", a.axis) if d)
-            self.loads[a.symbol] = self.add(Load(self.fresh(a.name, *dims), a, eq=a.name))
-
-    def add(self, op: Op) -> Value:
-        """Append an op; returns its value (a Gram has several)."""
-        self.ops.append(op)
-        return getattr(op, "out", None)
-
-    def fresh(self, name: str, *dims: str) -> Value:
-        """A value that is not yet computed; a taken name gets a trailing underscore."""
-        while name in self.names:
-            name += "_"
-        self.names.add(name)
-        return Value(name, dims)
-
-    def token(self, name: str, expr: sympy.Expr, axis: str) -> Value:
-        """A value a token (and channel of `axis`), zero past the sequence's end."""
-        expr, dims = sympy.sympify(expr), ("C", axis) if axis else ("C",)
-        if expr in self.loads and self.loads[expr].dims == dims:
-            return self.loads[expr]
-        if (expr, dims) not in self.made:
-            opposite = self.made.get((-expr, dims))
-            lowered, operands = (-opposite.symbol, [opposite]) if opposite else self.without_sums(expr)
-            out = self.fresh(name, *dims)
-            self.made[expr, dims] = self.map(out, lowered, operands, f"{out.name} = {expr}", zero_past_end=True)
-        return self.made[expr, dims]
-
-    def map(
-        self, out: Value, expr: sympy.Expr, operands: Iterable[Value], eq: str, zero_past_end: bool = False
-    ) -> Value:
-        """An elementwise op whose operands are indexed by their own dims."""
-        indexed = tuple((v, indices(v)) for v in operands)
-        return self.add(Map(out, indices(out), expr, indexed, zero_past_end, eq))
-
-    def without_sums(self, expr: sympy.Expr) -> tuple[sympy.Expr, list[Value]]:
-        """The expression over values alone, each outermost channel sum made a value first; and those values."""
-        sums = {s: self.channel_sum(s).symbol for s in _outermost_sums(expr)}
-        values = {v.symbol: v for v in (*self.loads.values(), *self.made.values())}
-        lowered = expr.xreplace(sums).xreplace({s: v.symbol for s, v in self.loads.items()})
-        return lowered, [values[s] for s in sorted(lowered.free_symbols, key=str)]
-
-    def channel_sum(self, total: ChannelSum) -> Value:
-        """The row sums of a channel sum's terms."""
-        if total not in self.made:
-            terms = total.args[0]
-            axis = axis_of(terms, self.axes)
-            number = 1 + sum(isinstance(e, ChannelSum) for e in self.made)
-            a = self.token(f"terms{number}", terms, axis)
-            self.made[total] = self.add(RowSum(self.fresh(f"sum{number}", "C"), a, eq=f"sum over {axis} of {terms}"))
-        return self.made[total]
-
-
-def indices(value: Value) -> tuple[str, ...]:
-    """Index names for a value's dims; square matrices get i and j."""
-    row, *rest = [INDEX.get(d, "i") for d in value.dims] or [""]
-    return tuple(filter(None, (row, *("j" if r == row else r for r in rest))))
-
-
-def _outermost_sums(expr: sympy.Expr) -> set[ChannelSum]:
-    if isinstance(expr, ChannelSum):
-        return {expr}
-    return set().union(*(_outermost_sums(a) for a in expr.args))
 
 
 class _ChunkForm:
@@ -167,13 +89,7 @@ class _ChunkForm:
         p, streams = self.prepare, range(len(self.canonical.streams))
         if not self.reading or not streams:
             return {}
-        plain = {
-            (r, s): self.coefficient(r, s) == 0 and self.reader(r).scale == 1 for r in self.reading for s in streams
-        }
-        outs = {
-            (r, s): p.fresh(self.block_name(r, s) if plain[r, s] else f"G{self.block_name(r, s)}", "C", "C")
-            for r, s in plain
-        }
+        outs = {(r, s): p.fresh(self.gram_name(r, s), "C", "C") for r in self.reading for s in streams}
         p.add(Gram(
             outs=tuple(tuple(outs[r, s] for s in streams) for r in self.reading),
             readers=tuple(self.z[r] for r in self.reading),
@@ -185,14 +101,19 @@ class _ChunkForm:
         ))  # fmt: skip
         return outs
 
+    def gram_name(self, r: int, s: int) -> str:
+        """The block's own name if the product is all there is to it."""
+        scaled = (r < 0 or s in self.solving) and self.reader(r).scale != 1
+        return ("G" if scaled or self.coefficient(r, s) != 0 else "") + self.block_name(r, s)
+
     def coefficient(self, r: int, s: int) -> sympy.Expr:
         """The explicit coefficient with which reader r sees stream s at its own token."""
         intra = self.reader(r).intra[s]
         return sympy.S.Zero if isinstance(intra, Intra) else intra
 
-    def block(self, r: int, s: int) -> Value:
+    def block(self, r: int, s: int, scale: sympy.Expr = sympy.S.One) -> Value:
         """scale_i (G_ij + coefficient on the diagonal): how reader r sees stream s within the chunk."""
-        p, scale, name = self.prepare, self.reader(r).scale, self.block_name(r, s)
+        p, name = self.prepare, self.block_name(r, s)
         gram, coefficient = self.gram.get((r, s)), self.coefficient(r, s)
         if gram is not None and coefficient == 0 and scale == 1:
             return gram
@@ -253,8 +174,8 @@ class _ChunkForm:
             z = self.prepare.token("z_o", reader.scale * reader.z, "K")
         return self.decayed(name, z, Span.THROUGH if reader.after else Span.BEFORE)
 
-    def write_operands(self) -> list[tuple[Value, bool]]:
-        """(x decayed to the chunk's end, solved?) with the solving streams stacked first."""
+    def write_operands(self) -> list[Value]:
+        """The x, decayed to the chunk's end; those of solving streams stacked, first."""
         hats = [self.decayed(f"X{self.suffix(i)}", x, Span.REST) for i, x in enumerate(self.x)]
         stacked = [self.stack("X", [[hats[i]] for i in self.solving])] if self.solving else []
         return stacked + [hats[i] for i in self.others]
@@ -278,26 +199,29 @@ class _ChunkForm:
         return (*solved, MatMul(Value("S_next", STATE.dims), products, kept, f"{eq} + {_sum_of_products(products)}"))
 
     def solve(self) -> list[Op]:
-        """R = Y + Z S and P = T scale R + M Y_n, T the inverse; T and M are prepared."""
+        """R = Y + Z S + L_n Y_n, what the solving streams see of all but each other; P = T scale R, T the inverse."""
         p, solving = self.prepare, self.solving
-        lower = self.stack("L", [[self.block(r, s) for s in solving] for r in solving])
-        inverse = p.add(SolveTril(p.fresh("T", *lower.dims), lower, eq=f"T = (I - {lower.name})^-1"))
-        mixed = [self.mixed(inverse, s) for s in self.others]
-        inverse, ops = self.scaled(inverse), []
-        z = (
-            [self.read_operand(f"Z{self.suffix(r)}", r) for r in solving]
-            if any(self.reader(r).reads for r in solving)
-            else []
-        )
-        right = self.stacked_y()
-        if z:
-            stacked = self.stack("Z", [[v] for v in z])
-            eq = " + ".join(f for f in (right and right.name, f"{stacked.name} S") if f)
-            ops.append(MatMul(Value("R", (self.rows, "V")), ((stacked, STATE, False),), right, f"R = {eq}"))
-            right = ops[-1].out
-        products = [(inverse, right, False)] if right else []
-        products += [(m, y_n, False) for m, y_n in zip(mixed, self.known, strict=True)]
-        return [*ops, MatMul(Value("P", (self.rows, "V")), tuple(products), None, f"P = {_sum_of_products(products)}")]
+        lower = self.stack("L", [[self.block(r, s, self.reader(r).scale) for s in solving] for r in solving])
+        inverse = self.scaled(p.add(SolveTril(p.fresh("T", *lower.dims), lower, eq=f"T = (I - {lower.name})^-1")))
+        seen, y, ops = self.seen(), self.stacked_y(), []
+        if seen:
+            eq = f"R = {y.name + ' + ' if y else ''}{_sum_of_products(seen)}"
+            ops.append(MatMul(Value("R", (self.rows, "V")), seen, y, eq))
+        right = ops[-1].out if ops else y
+        return [
+            *ops,
+            MatMul(Value("P", (self.rows, "V")), ((inverse, right, False),), None, f"P = {inverse.name} {right.name}"),
+        ]
+
+    def seen(self) -> tuple[tuple[Value, Value, bool], ...]:
+        """Products by which the solving streams see the state, and the streams known beforehand."""
+        found = []
+        if any(self.reader(r).reads for r in self.solving):
+            operands = [[self.read_operand(f"Z{self.suffix(r)}", r)] for r in self.solving]
+            found.append((self.stack("Z", operands), STATE, False))
+        for s, y in zip(self.others, self.known, strict=True):
+            found.append((self.stack(f"L{self.suffix(s)}", [[self.block(r, s)] for r in self.solving]), y, False))
+        return tuple(found)
 
     def stacked_y(self) -> Value | None:
         """Y of the solving streams; None if it is zero throughout."""
@@ -307,12 +231,6 @@ class _ChunkForm:
             "Y", [[self.prepare.token(f"y{self.suffix(r)}", self.reader(r).y, "V")] for r in self.solving]
         )
 
-    def mixed(self, inverse: Value, s: int) -> Value:
-        """M = T L_n: how the solve passes on a stream that is known beforehand."""
-        p, name = self.prepare, f"M{self.suffix(s).removeprefix('_n')}"
-        seen = self.stack(f"L{self.suffix(s)}", [[self.block(r, s)] for r in self.solving])
-        return p.add(MatMul(p.fresh(name, self.rows, "C"), ((inverse, seen, False),), None, f"{name} = T {seen.name}"))
-
     def scaled(self, inverse: Value) -> Value:
         """T with its columns scaled, so that it applies to R as it is."""
         p, scales = self.prepare, [self.reader(r).scale for r in self.solving]
@@ -321,16 +239,9 @@ class _ChunkForm:
         column = self.stack(
             "scale", [[p.token(f"scale{self.suffix(r)}", self.reader(r).scale, "")] for r in self.solving]
         )
-        out, expr = p.fresh("Ts", *inverse.dims), inverse.symbol * column.symbol
-        return p.add(
-            Map(
-                out,
-                ("i", "j"),
-                expr,
-                ((inverse, ("i", "j")), (column, ("j",))),
-                eq=f"{out.name}_ij = T_ij {column.name}_j",
-            )
-        )
+        out, operands = p.fresh("Ts", *inverse.dims), ((inverse, ("i", "j")), (column, ("j",)))
+        eq = f"{out.name}_ij = T_ij {column.name}_j"
+        return p.add(Map(out, ("i", "j"), inverse.symbol * column.symbol, operands, eq=eq))
 
     def output(self) -> tuple[Op, ...]:
         """O = Q S + A P + A_n Y_n + skip."""
@@ -338,8 +249,10 @@ class _ChunkForm:
         if reader.reads:
             operands.append((self.read_operand("Q", -1), STATE, False))
         if self.solving:
-            operands.append((self.stack("A", [[self.block(-1, s) for s in self.solving]]), self.values[0], False))
-        operands += [(self.block(-1, s), v, False) for s, v in zip(self.others, self.known, strict=True)]
+            operands.append(
+                (self.stack("A", [[self.block(-1, s, reader.scale) for s in self.solving]]), self.values[0], False)
+            )
+        operands += [(self.block(-1, s, reader.scale), v, False) for s, v in zip(self.others, self.known, strict=True)]
         skip = None if reader.y == 0 else p.token("y_o", reader.scale * reader.y, "V")
         eq = "O = " + _sum_of_products(operands) + (f" + {skip.name}" if skip else "")
         return (MatMul(Value("O", ("C", "V")), tuple(operands), skip, eq),)

@@ -71,7 +71,7 @@ def _decay_matrices(op: Gram, spans: Spans, shape, arena) -> list:
     """One rate a head: the C x C matrix of decays from j to i for each reader, 1 on the diagonal."""
     import torch
 
-    matrix = arena.take("decay matrix", shape)
+    matrix = arena.take("decay matrix", shape, zero=True)
     matrix.diagonal(dim1=-2, dim2=-1).fill_(1)
     while spans.size < shape[-1]:
         through, rest = _halves(spans)
@@ -87,6 +87,8 @@ def _halves(spans: Spans) -> tuple:
 
 def _tree(op: Gram, readers, writers, spans: Spans, outs, arena) -> None:
     """Pairs of blocks of 1, 2, 4 .. tokens: second (rows) against first (columns), about the first's last token."""
+    import torch
+
     while spans.size < readers[0].shape[-2]:
         rows, cols = _rows(op, readers, spans, arena), _cols(writers, spans, arena)
         b, shape = spans.size, (*rows.shape[:-1], cols.shape[-2])
@@ -98,7 +100,8 @@ def _tree(op: Gram, readers, writers, spans: Spans, outs, arena) -> None:
     for row, z, diagonal in zip(outs, readers, op.diagonal, strict=True):
         for out, x, kept in zip(row, writers, diagonal, strict=True):
             if kept:
-                out.diagonal(dim1=-2, dim2=-1).copy_((z * x).sum(-1))
+                terms = torch.mul(z, x, out=arena.take("rows", torch.broadcast_shapes(z.shape, x.shape)))
+                torch.sum(terms, -1, out=out.diagonal(dim1=-2, dim2=-1))
 
 
 def _rows(op: Gram, readers, spans: Spans, arena):

@@ -1,8 +1,8 @@
 """Runs a tensor program on torch: what the program means, and the CPU backend of every op.
 
-Tensors are [chunk, B, H, *dims of the value]: prepare and output do all chunks of a span of tokens at once, the scan
-one chunk after another. No loop runs over tokens. The sequence is taken in spans of a few chunks, so that values stay
-in cache and memory does not grow with T. Each chunk is computed alike, whatever follows it and however long T is.
+Tensors are [chunk, B, H, *dims of the value]: prepare does all chunks of a span of tokens at once, scan and output go
+chunk by chunk. No loop runs over tokens. The sequence is taken in spans of a few chunks, so that values stay in cache
+and memory does not grow with T. Each chunk is computed alike, whatever follows it and however long T is.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Arena:
     def __init__(self, like):
         self.like, self.kept = like, {}
 
-    def take(self, name: str, shape):
-        """A tensor of `shape`: zeros at first, and then whatever was left in it."""
+    def take(self, name: str, shape, zero: bool = False):
+        """A tensor of `shape` holding what was left in it, at first anything, or zeros if so asked."""
         size = math.prod(shape)
         if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = self.like.new_zeros(size)
+            self.kept[name] = self.like.new_zeros(size) if zero else self.like.new_empty(size)
         return self.kept[name][:size].view(shape)
 
 
@@ -48,6 +48,8 @@ class Interpreter:
         self.size = sizes(program.canonical.arguments, tensors)
         first = next(iter(tensors.values()))
         self.arena = Arena(first.new_empty(0, dtype=dtype or first.dtype))
+        self.steps, self.in_place = chunk_steps(program)
+        self.one_chunk = {op.out.name for op in self.steps}
         self.handlers = {
             Load: self.load, Map: self.map, RowSum: self.row_sum, Decay: self.decay, Gram: self.gram,
             Interleave: self.interleave, SolveTril: self.solve, MatMul: self.matmul,
@@ -62,44 +64,34 @@ class Interpreter:
             state.copy_(initial_state)
         step = self.chunk * max(1, SPAN_ELEMENTS // (b * h * self.chunk * max(k, v)))
         for start in range(0, t, step):
-            state = self.span(start, min(t, start + step), state, out)
-        return out, state.clone()
+            self.span(start, min(t, start + step), state.unsqueeze(0), out)
+        return out, state
 
-    def span(self, start: int, end: int, state, out):
-        """Prepare, scan and output of the tokens start..end-1; returns the state after them."""
+    def span(self, start: int, end: int, state, out) -> None:
+        """The tokens start..end-1: writes their output, and replaces the state by the one after them."""
         self.start, self.end, self.n = start, end, -(-(end - start) // self.chunk)
         self.env, self.targets, self.spans = {}, {}, {}
         self.do(self.program.prepare)
-        state = self.scan(state)
-        self.do(self.program.output)
-        o = self.env[self.program.out.name].permute(1, 0, 3, 2, 4)
-        out[:, start:end] = o.flatten(1, 2)[:, : end - start]
-        return state
+        prepared = {v.name: self.env[v.name] for op in self.steps for v in reads(op) if v.name in self.env}
+        self.targets = dict.fromkeys(self.in_place, state)
+        for i in range(self.n):
+            self.env = {name: x[i : i + 1] for name, x in prepared.items()} | {self.program.state.name: state}
+            self.do(self.steps)
+            here = slice(start + i * self.chunk, min(end, start + (i + 1) * self.chunk))
+            o = self.env[self.program.out.name][0].transpose(1, 2)
+            out[:, here] = o[:, : here.stop - here.start]
 
     def do(self, ops: tuple[Op, ...]) -> None:
         for op in ops:
             self.handlers[type(op)](op)
 
-    def scan(self, state):
-        """The state before each chunk and all else that the scan makes, kept for the output; returns the last state."""
-        program, prepared = self.program, self.env
-        states = self.arena.take("states", (self.n + 1, *state.shape))
-        states[0] = state
-        made = {op.out.name: self.target(op.out) for op in program.scan}
-        made |= {program.next_state.name: states[1:]} | {name: states[1:] for name in overwritten(program)}
-        for i in range(self.n):
-            self.env = {name: x[i : i + 1] for name, x in prepared.items()} | {program.state.name: states[i : i + 1]}
-            self.targets = {name: x[i : i + 1] for name, x in made.items()}
-            self.do(program.scan)
-        self.env, self.targets = prepared | made | {program.state.name: states[:-1]}, {}
-        return states[self.n]
-
-    def target(self, value: Value):
-        """Where a value is written."""
+    def target(self, value: Value, zero: bool = False):
+        """Where a value is written; zeros at first if so asked."""
         if value.name in self.targets:
             return self.targets[value.name]
         dims = (self.size[d] if d in self.size else int(d[:-1] or 1) * self.chunk for d in value.dims)
-        return self.arena.take(value.name, (self.n, self.size["B"], self.size["H"], *dims))
+        chunks = 1 if value.name in self.one_chunk else self.n
+        return self.arena.take(value.name, (chunks, self.size["B"], self.size["H"], *dims), zero)
 
     # -- ops
 
@@ -160,7 +152,7 @@ class Interpreter:
     def gram(self, op: Gram) -> None:
         if op.g is not None:
             self.spans[op.g.name] = self.new_spans(op.g)
-        outs = [[self.target(v) for v in row] for row in op.outs]
+        outs = [[self.target(v, zero=True) for v in row] for row in op.outs]
         self.env |= {
             v.name: out for row, values in zip(op.outs, outs, strict=True) for v, out in zip(row, values, strict=True)
         }
@@ -191,12 +183,13 @@ class Interpreter:
         self.env[op.out.name] = out
 
 
-def overwritten(program: Program) -> tuple[str, ...]:
-    """What the scan makes only to add the state's update to it: that is done in place."""
-    step = next(op for op in program.scan if op.out == program.next_state)
-    made = [op.out for op in program.scan]
-    users = [op for op in program.scan + program.output if step.add in reads(op)]
-    return (step.add.name,) if step.add in made and users == [step] else ()
+def chunk_steps(program: Program) -> tuple[tuple[Op, ...], tuple[str, ...]]:
+    """Scan and output of one chunk, the state's update last; and the values that may then take the state's place."""
+    update = next(op for op in program.scan if op.out == program.next_state)
+    rest = [op for op in program.scan if op != update] + list(program.output)
+    kept = [op for op in program.scan if update.add == op.out and not any(op.out in reads(other) for other in rest)]
+    ahead = tuple(op for op in rest if op not in kept)
+    return (*ahead, *kept, update), (program.next_state.name, *(op.out.name for op in kept))
 
 
 def sizes(arguments, tensors: dict) -> dict[str, int]:
