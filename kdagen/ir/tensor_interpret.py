@@ -55,10 +55,10 @@ class Interpreter:
             Interleave: self.interleave, SolveTril: self.solve, MatMul: self.matmul,
         }  # fmt: skip
 
-    def run(self, initial_state=None):
-        """All tokens, a span of chunks after another."""
+    def run(self, initial_state=None, out_dtype=None):
+        """All tokens, a span of chunks after another: output, in `out_dtype` if given, and final state."""
         b, t, h, k, v = (self.size[d] for d in "BTHKV")
-        out = self.arena.like.new_empty(b, t, h, v)
+        out = self.arena.like.new_empty(b, t, h, v, dtype=out_dtype)
         state = self.arena.like.new_zeros(b, h, k, v)
         if initial_state is not None:
             state.copy_(initial_state)
