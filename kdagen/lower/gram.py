@@ -49,17 +49,20 @@ def _tiles(block: Block, o: GramOperands) -> tuple[str, str, str]:
     return rows, cols, block.fragment("acc", height, width)
 
 
-def _fill(o: GramOperands, row_factor: dict[bool, str], col_factor: str, eq: str) -> Map:
-    """Scaled operands; `row_factor` by whether the reader sees its own token's decay."""
-    lets = [(f"e_{'after' if a else 'before'}", f) for a, f in row_factor.items() if f and a in o.after]
-    names = {a: f" * e_{'after' if a else 'before'}" if row_factor[a] else "" for a in row_factor}
-    assign = [
-        (f"rows_s[{shifted(r * o.chunk, 'i')}, j]", f"{x('i', 'j')}{names[a]}")
-        for r, (x, a) in enumerate(zip(o.readers, o.after))
+def _fill(o: GramOperands, row_factor: dict[bool, str], col_factor: str, eq: str) -> tuple[Map, ...]:
+    """Scaled operands, one loop a factor (fewer registers); `row_factor` by whether the reader sees its own decay."""
+    rows = [
+        (f"rows_s[{shifted(r * o.chunk, 'i')}, j]", x("i", "j"), a) for r, (x, a) in enumerate(zip(o.readers, o.after))
     ]
-    scale = f" * {col_factor}" if col_factor else ""
-    assign += [(f"cols_s[{shifted(s * o.chunk, 'i')}, j]", f"{x('i', 'j')}{scale}") for s, x in enumerate(o.writers)]
-    return Map((("i", o.chunk), ("j", o.channels)), tuple(assign), tuple(lets), eq=eq)
+    cols = [(f"cols_s[{shifted(s * o.chunk, 'i')}, j]", x("i", "j")) for s, x in enumerate(o.writers)]
+    groups = [(row_factor[after], [(to, x) for to, x, a in rows if a == after]) for after in (True, False)]
+    return tuple(_scaled(o, factor, operands, eq) for factor, operands in (*groups, (col_factor, cols)) if operands)
+
+
+def _scaled(o: GramOperands, factor: str, operands: list[tuple[str, str]], eq: str) -> Map:
+    lets = (("e", factor),) if factor else ()
+    assign = tuple((to, f"{x} * e" if factor else x) for to, x in operands)
+    return Map((("i", o.chunk), ("j", o.channels)), assign, lets, eq=eq)
 
 
 def _product(block: Block, o: GramOperands, acc: str, eq: str) -> Gemm:
@@ -74,7 +77,7 @@ def _keep(block: Block, o: GramOperands, acc: str) -> None:
 
 def _plain(block: Block, o: GramOperands) -> None:
     _, _, acc = _tiles(block, o)
-    block.add(_fill(o, {True: "", False: ""}, "", "operands of the Gram product"))
+    block.add(*_fill(o, {True: "", False: ""}, "", "operands of the Gram product"))
     block.add(_product(block, o, acc, "G_ij = sum_k z_ik x_jk"))
     _keep(block, o, acc)
 
@@ -137,7 +140,7 @@ def _factored(block: Block, o: GramOperands) -> None:
     anchor = f"through_s[{o.chunk // 2}, j]"
     row = {True: f"T.exp2(through_s[i, j] - {anchor})", False: f"T.exp2(before_s[i, j] - {anchor})"}
     block.add(
-        _fill(
+        *_fill(
             o, row, f"T.exp2({anchor} - through_s[i, j])", f"bounded gate: rows and columns about row {o.chunk // 2}"
         ),
         _product(block, o, acc, "G_ij = sum_k (z_ik e^(gc_i - a)) (x_jk e^(a - gc_j))"),
@@ -168,7 +171,7 @@ def _diagonal(block: Block, o: GramOperands, acc: str) -> None:
         block.add(Map(entries, ((f"{acc}[i, j]", "0.0"),)))
         return
     block.add(
-        _fill(o, {True: "", False: ""}, "", "a token's own write is not decayed"),
+        *_fill(o, {True: "", False: ""}, "", "a token's own write is not decayed"),
         _product(block, o, acc, "G_ii = sum_k z_ik x_ik"),
         Map(entries, ((f"{acc}[i, j]", f"T.if_then_else(i % {o.chunk} == j % {o.chunk}, {acc}[i, j], 0.0)"),)),
     )
@@ -182,7 +185,7 @@ def _join(block: Block, o: GramOperands, acc: str, level: str, half: int) -> Non
     halves = f"i % {pair} >= {half} and j % {pair} < {half}"
     keep = " and ".join(t for t in (same, halves) if t)
     block.add(
-        _fill(o, row, "T.exp2(rest_s[i, j])", f"pairs of {half}-token blocks, about the last row of the first"),
+        *_fill(o, row, "T.exp2(rest_s[i, j])", f"pairs of {half}-token blocks, about the last row of the first"),
         _product(block, o, level, "G_ij = sum_k (z_ik e^(g_ref+1 + .. + g_i)) (x_jk e^(g_j+1 + .. + g_ref))"),
         Map(entries, ((f"{acc}[i, j]", f"{acc}[i, j] + T.if_then_else({_tile_and(keep)}, {level}[i, j], 0.0)"),)),
     )
