@@ -109,10 +109,11 @@ def _errors(verdict):
 
 def schedule_lines(verdict) -> list[str]:
     """The race simulator's verdict on each kernel."""
-    found = [statistics.schedule for statistics in verdict.statistics.values()]
-    return [
-        f"{r.kernel}: {len(r.roles)} roles of warps side by side, {len(r.seeds)} random orders, each with the same result"
-        if len(r.roles) > 1
-        else f"{r.kernel}: all warps have one role, so nothing can race"
-        for r in found
-    ]
+    return [_race_line(statistics.schedule) for statistics in verdict.statistics.values()]
+
+
+def _race_line(report) -> str:
+    if len(report.roles) == 1:
+        return f"{report.kernel}: all warps have one role, so nothing can race"
+    orders = f"{len(report.seeds)} random orders of copies, products and warps"
+    return f"{report.kernel}: {len(report.roles)} roles of warps; {orders} gave the same bits"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdagen.schedule import Schedule
 
 log = logging.getLogger("kdagen")
-_ops: dict[str, Op] = {}  # by identity: the same thing compiled again, as notebooks do, is the same op
+_ops: dict[str, Op] = {}  # by identity: what is compiled again unchanged, as notebooks do, is the same op
 
 
 def compile(
@@ -59,10 +59,15 @@ def compile(
     form = canonical(recurrence)
     description = describe(recurrence, form)
     description["canonical"]["doc"] = ""
+    kernels = jit.JustInTime(recurrence, chosen, spec if isinstance(spec, str) else options.spec_of(recurrence))
     identity = torch_op.identity(description, chosen.json())
+    return shared(identity, lambda: Op(signature(description), identity, lambda: form, kernels))
+
+
+def shared(identity: str, make: Callable[[], Op]) -> Op:
+    """The op of this identity: a torch op is registered for good, so there is one Op behind it."""
     if identity not in _ops:
-        kernels = jit.JustInTime(recurrence, chosen, spec if isinstance(spec, str) else options.spec_of(recurrence))
-        _ops[identity] = Op(signature(description), identity, lambda: form, kernels)
+        _ops[identity] = make()
     return _ops[identity]
 
 
@@ -115,7 +120,7 @@ class Op:
         if o.numel():
             from kdagen.runtime import cpu
 
-            o, state = cpu.run(self.program, tensors, initial_state)
+            o, state = cpu.run(self.program, tensors, initial_state, o.dtype)
         self._note(tensors, "CPU backend, batched matrix products on torch")
         return o, state if output_final_state else state.new_empty(0)
 

@@ -36,12 +36,12 @@ class BuiltOp:
     def load(self):
         """Reads the manifests, checks their hashes, registers the torch op; returns the Op."""
         from kdagen.runtime import torch_op
-        from kdagen.runtime.op import Op
+        from kdagen.runtime.op import Op, shared
         from kdagen.runtime.signature import signature
 
-        recurrence = self.recurrence
-        identity = torch_op.identity("built", str(self.folder.resolve()), recurrence)
-        self._op = Op(signature(recurrence), identity, self._canonical, self)
+        digests = [variant.manifest["digest"] for variant in self.variants]
+        identity = torch_op.identity("built", str(self.folder.resolve()), digests)
+        self._op = shared(identity, lambda: Op(signature(self.recurrence), identity, self._canonical, self))
         return self._op
 
     @cached_property
@@ -91,10 +91,10 @@ class BuiltOp:
         """Rows of `explain`: each folder of kernels."""
         from kdagen.runtime import explain
 
-        parts = ((v.plan, v.folder) for v in self.variants)
-        return [
-            row for plan, at in parts for row in explain.describe_plan(plan) + explain.describe_kernels(at, "built")
-        ]
+        rows = []
+        for variant in self.variants:
+            rows += explain.describe_plan(variant.plan) + explain.describe_kernels(variant.folder, "this package")
+        return rows
 
     def explain(self) -> str:
         """What would run on CPU and on CUDA tensors, and what ran last."""

@@ -94,15 +94,22 @@ def built_source(folder: str | Path) -> OpSource:
     manifest = manifests.read(folder)
     plan, reports = manifest["plan"], {k["name"]: k for k in manifest["kernels"]}
 
-    def kernel(name: str, params: list[str]) -> KernelSource:
-        specs = [TensorSpec(**{**plan["tensors"][p], "shape": tuple(plan["tensors"][p]["shape"])}) for p in params]
-        report = reports[name]
-        text = (folder / report["source"]).read_text()
-        return KernelSource(name, report["family"], text, tuple(specs), report["block"][0], report["shared_bytes"])
+    def kernel(launch: dict) -> KernelSource:
+        specs = (plan["tensors"][name] for name in launch["params"])
+        report = reports[launch["name"]]
+        return KernelSource(
+            name=launch["name"],
+            family=report["family"],
+            text=(folder / report["source"]).read_text(),
+            params=tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in specs),
+            threads=report["block"][0],
+            shared_bytes=report["shared_bytes"],
+            bytes_a_token=launch["bytes_a_token"],
+        )
 
     return OpSource(
         name=plan["name"],
-        kernels=tuple(kernel(k["name"], k["params"]) for k in plan["kernels"]),
+        kernels=tuple(kernel(launch) for launch in plan["kernels"]),
         chunk_size=plan["chunk_size"],
         dims=plan["dims"],
         dtype=plan["dtype"],
