@@ -51,11 +51,19 @@ class JustInTime:
     def fitting(self, tensors: dict, capability: str) -> LoadedOp:
         """The kernels for these arguments on a GPU of compute capability "9.0"; built if they are nowhere."""
         gpu = self.target(capability)
-        self._check(tensors, gpu, capability)
+        if problem := (self._loaded.get(gpu.name) or self._unbuilt(gpu)).mismatch(tensors, capability):
+            raise ArgumentError(
+                f"{self.recurrence.name}: {problem}. Convert it, or compile for it: kg.compile(..., head_dim=(K, V), "
+                f"dtype=..., gate_dtype=...) gives {manifests.variant(self.source(gpu).plan())} now"
+            )
         with self._lock:
             if gpu.name not in self._loaded:
                 self._loaded[gpu.name] = load_op(self.find(gpu) or self.build(gpu))
             return self._loaded[gpu.name]
+
+    def _unbuilt(self, gpu: Target) -> LoadedOp:
+        """The kernels as they would be built: arguments that these do not take are refused before that."""
+        return LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": self.source(gpu).plan()})
 
     def target(self, capability: str) -> Target:
         """The target of the GPU at hand; an arch that was asked for must run on it."""
@@ -75,16 +83,6 @@ class JustInTime:
                 f"{capability}; {self.holdings()}. Expected {advice}"
             )
         return gpu
-
-    def _check(self, tensors: dict, gpu: Target, capability: str) -> None:
-        """Before anything is built: whether what would be built takes these arguments."""
-        plan = self.source(gpu).plan()
-        kernels = LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": plan})
-        if problem := kernels.mismatch(tensors, capability):
-            raise ArgumentError(
-                f"{self.recurrence.name}: {problem}. Convert it, or compile for it: "
-                f"kg.compile(..., head_dim=(K, V), dtype=..., gate_dtype=...) gives {manifests.variant(plan)} now"
-            )
 
     def find(self, gpu: Target) -> Path | None:
         """The folder of kernels that were built already."""

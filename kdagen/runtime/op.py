@@ -83,13 +83,15 @@ class Op:
     def __init__(self, signature: Signature, identity: str, form: Callable, kernels):
         """`form()` gives the canonical form; `kernels.fitting(tensors, capability)` gives a LoadedOp."""
         self.signature, self.kernels, self._form = signature, kernels, form
-        self.last: str | None = None  # what ran last
+        self._last: tuple | None = None  # dtype, device and words of what ran last
         self._announced: set = set()
         self.torch_op = torch_op.register(signature, identity, self._cpu, self._cuda, self._fake)
 
     def __call__(self, *args, initial_state=None, output_final_state: bool = False, **named):
         """(output [B, T, H, V], final state [B, H, K, V] or None)."""
         given = self.signature.bind(args, named)
+        if initial_state is not None:
+            self.signature.check_tensor("initial_state", initial_state)
         o, state = self.torch_op(*given, initial_state, output_final_state)
         return o, state if output_final_state else None
 
@@ -115,23 +117,25 @@ class Op:
 
     def _cpu(self, *given, **options):
         tensors, initial_state, output_final_state = self._arguments(given, **options)
-        sizes = check(self.signature, tensors, initial_state)
-        o, state = self._results(sizes, tensors, initial_state)
-        if o.numel():
+        sizes, like = check(self.signature, tensors, initial_state), tensors[self.signature.value]
+        if like.numel():
             from kdagen.runtime import cpu
 
-            o, state = cpu.run(self.program, tensors, initial_state, o.dtype)
-        self._note(tensors, "CPU backend, batched matrix products on torch")
+            o, state = cpu.run(self.program, tensors, initial_state, like.dtype)
+        else:
+            o, state = _unchanged(sizes, like, initial_state)
+        self._note(like, "CPU backend, batched matrix products on torch")
         return o, state if output_final_state else state.new_empty(0)
 
     def _cuda(self, *given, **options):
         tensors, initial_state, output_final_state = self._arguments(given, **options)
-        sizes = check(self.signature, tensors, initial_state)
-        kernels = self.kernels.fitting(tensors, _capability(given[0].device))
-        o, state = self._results(sizes, tensors, initial_state)
-        if o.numel():
+        sizes, like = check(self.signature, tensors, initial_state), tensors[self.signature.value]
+        kernels = self.kernels.fitting(tensors, _capability(like.device))
+        if like.numel():
             o, state = self._launch(kernels, tensors, initial_state)
-        self._note(tensors, f"kernels in {kernels.folder}")
+        else:
+            o, state = _unchanged(sizes, like, initial_state)
+        self._note(like, "kernels in", kernels.folder)
         return o, state if output_final_state else state.new_empty(0)
 
     def _launch(self, kernels, tensors: dict, initial_state):
@@ -148,28 +152,23 @@ class Op:
 
     def _fake(self, *given, **options):
         tensors, initial_state, output_final_state = self._arguments(given, **options)
-        o, state = self._results(check(self.signature, tensors, initial_state), tensors, None, empty=True)
+        sizes, like = check(self.signature, tensors, initial_state), tensors[self.signature.value]
+        o, state = (like.new_empty(shape, dtype=dtype) for shape, dtype in _results(sizes, like))
         return o, state if output_final_state else state.new_empty(0)
 
-    def _results(self, sizes: dict, tensors: dict, initial_state, empty: bool = False):
-        """Output and final state as they are with no token: the state stays as it was."""
-        import torch
-
-        like, (b, t, h, k, v) = tensors[self.signature.value], (sizes[dim] for dim in "BTHKV")
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        make = like.new_empty if empty else like.new_zeros
-        o = like.new_empty((b, t, h, v))
-        if initial_state is not None:
-            return o, initial_state.clone(memory_format=torch.contiguous_format)
-        return o, make((b, h, k, v), dtype=dtype)
-
-    def _note(self, tensors: dict, what: str) -> None:
-        value = tensors[self.signature.value]
-        kind = f"{short(value.dtype)} tensors on {value.device}"
-        self.last = f"{kind}: {what}"
-        if kind not in self._announced:
-            self._announced.add(kind)
+    def _note(self, like, *what) -> None:
+        self._last = like.dtype, like.device, what
+        if self._last[:2] not in self._announced:
+            self._announced.add(self._last[:2])
             log.info("%s: %s", self.name, self.last)
+
+    @property
+    def last(self) -> str | None:
+        """What ran last, and on what."""
+        if self._last is None:
+            return None
+        dtype, device, what = self._last
+        return f"{short(dtype)} tensors on {device}: {' '.join(map(str, what))}"
 
     # -- what people read
 
@@ -179,8 +178,31 @@ class Op:
 
         return explain(self)
 
+    def __deepcopy__(self, memo) -> Op:
+        """A module that is copied shares its ops: they hold no parameters."""
+        return self
+
     def __repr__(self) -> str:
         return f"<kdagen op {self.signature}: print(op.explain()) says what runs it>"
+
+
+def _results(sizes: dict, like) -> tuple:
+    """Shape and dtype of the output and of the final state."""
+    import torch
+
+    b, t, h, k, v = (sizes[dim] for dim in "BTHKV")
+    return ((b, t, h, v), like.dtype), ((b, h, k, v), torch.promote_types(like.dtype, torch.float32))
+
+
+def _unchanged(sizes: dict, like, initial_state) -> tuple:
+    """With no token: no output, and the state as it was."""
+    import torch
+
+    (out, dtype), (shape, state_dtype) = _results(sizes, like)
+    o = like.new_empty(out, dtype=dtype)
+    if initial_state is not None:
+        return o, initial_state.clone(memory_format=torch.contiguous_format)
+    return o, like.new_zeros(shape, dtype=state_dtype)
 
 
 def _capability(device) -> str:

@@ -100,5 +100,9 @@ class BuiltOp:
         """What would run on CPU and on CUDA tensors, and what ran last."""
         return (self._op or self.load()).explain()
 
+    def __deepcopy__(self, memo) -> BuiltOp:
+        """A module that is copied shares its ops: they hold no parameters."""
+        return self
+
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(self.arguments)}) built for {', '.join(v.folder.name for v in self.variants)}"

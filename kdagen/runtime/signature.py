@@ -47,7 +47,7 @@ class Signature:
         if given or len(flat) < len(self.dims):
             raise self._misfit(flat, given, args)
         for name in self.tensors:
-            self._check_tensor(name, flat[name])
+            self.check_tensor(name, flat[name])
         return [flat[name] for name in self.tensors]
 
     def _sequence(self, name: str, tensors: tuple[str, ...], value):
@@ -59,12 +59,13 @@ class Signature:
             if len(value) != len(tensors):
                 raise ArgumentError(f"{self.name}: {name} is a list of {len(value)} tensors, expected {expected}")
             return value
-        self._check_tensor(name, value, expected)
+        self.check_tensor(name, value, expected)
         if value.dim() != len(stacked) or value.shape[axis] != len(tensors):
             raise ArgumentError(f"{self.name}: {name} has shape {list(value.shape)}, expected {expected}")
         return value.unbind(axis)
 
-    def _check_tensor(self, name: str, value, expected: str = "a tensor") -> None:
+    def check_tensor(self, name: str, value, expected: str = "a tensor") -> None:
+        """Refuses what is not a torch tensor."""
         import torch
 
         if not isinstance(value, torch.Tensor):

@@ -72,6 +72,11 @@ def test_what_is_not_a_tensor(case, never_runs):
         kg.compile("kda")(**arguments(beta=value))
 
 
+def test_a_state_that_is_not_a_tensor(never_runs):
+    with raises(ArgumentError, "kda: initial_state is a float, expected a tensor (call torch.as_tensor)"):
+        kg.compile("kda")(**arguments(), initial_state=0.0)
+
+
 SEQUENCES = {
     "list": (
         [torch.zeros(Q)],

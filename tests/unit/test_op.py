@@ -1,5 +1,6 @@
 """The op on CPU tensors, and as a torch op: schema, fake tensors, torch.compile, names."""
 
+import copy
 import itertools
 import logging
 
@@ -126,6 +127,11 @@ def test_nothing_is_compiled_or_imported_before_it_is_needed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_copied_module_shares_its_op():
+    op = kg.compile("kda")
+    assert copy.deepcopy({"op": op})["op"] is op
+
+
 # -- as a torch op
 
 
@@ -176,6 +182,21 @@ def test_torch_compile_of_sequences():
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(stacked), layer(stacked))
 
 
+def test_torch_export_for_any_length():
+    given = inputs(dtype=torch.float32)
+
+    class Layer(torch.nn.Module):
+        op = kg.compile("kda")
+
+        def forward(self, *tensors):
+            return self.op(*tensors)[0]
+
+    tokens = torch.export.Dim("tokens")
+    exported = torch.export.export(Layer(), tuple(given.values()), dynamic_shapes=(tuple({1: tokens} for _ in given),))
+    cut = [x[:, :20] for x in given.values()]
+    assert torch.equal(exported.module()(*cut), kg.compile("kda")(*cut)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_fake_cuda_tensors_give_shapes_dtypes_and_device(dtype):
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -186,6 +207,7 @@ def test_fake_cuda_tensors_give_shapes_dtypes_and_device(dtype):
     assert (tuple(state.shape), state.dtype, state.device.type) == ((2, 3, 16, 24), state_dtype, "cuda")
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")  # torch's own, beside the error
 def test_a_backward_is_refused_where_it_is_asked_for_and_not_before():
     given = {name: x.requires_grad_() for name, x in inputs().items()}
     op = kg.compile("kda")
@@ -195,6 +217,9 @@ def test_a_backward_is_refused_where_it_is_asked_for_and_not_before():
         o.sum().backward()
     with torch.no_grad():
         assert not op(**given)[0].requires_grad
+    compiled = torch.compile(lambda **tensors: op(**tensors)[0], backend="aot_eager")
+    with pytest.raises(Exception, match="GradientError: kda has no backward"):
+        compiled(**given)  # torch derives the backward when it compiles
 
 
 def variation(name: str, factor: float):

@@ -4,6 +4,7 @@ What a launch does is tested in test_build_loader.py, and on a mock driver in te
 """
 
 import logging
+import threading
 from types import SimpleNamespace
 
 import packages
@@ -171,6 +172,27 @@ def test_missing_kernels_are_built_just_in_time_once(machine, launches, monkeypa
     )
     assert after.startswith("gla for sm90-bf16-64x64: compiled in ") and after.endswith("made/gla/sm90-bf16-64x64")
     assert [r.levelname for r in caplog.records] == ["WARNING", "INFO", "INFO"]
+
+
+def test_threads_that_meet_at_the_first_call_build_once(machine, monkeypatch):
+    built, barrier, kernels = [], threading.Barrier(4), fresh().kernels
+
+    def build_cached(op_source):
+        built.append(op_source)
+        return packages.write(machine / "made", op_source, machine)
+
+    def first_call(found):
+        barrier.wait()
+        found.append(kernels.fitting({}, "9.0"))
+
+    monkeypatch.setattr(builder, "build_cached", build_cached)
+    found = []
+    threads = [threading.Thread(target=first_call, args=(found,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1 and len(found) == 4 and len(set(map(id, found))) == 1
 
 
 @pytest.mark.parametrize(("capability", "arch"), [("8.0", "sm80"), ("8.9", "sm89"), ("9.0", "sm90"), ("12.0", "sm120")])
