@@ -55,7 +55,7 @@ class _ChunkForm:
 
     def program(self) -> Program:
         c, p = self.canonical, self.prepare
-        self.g = None if c.decay == 0 else p.token("g", c.decay, c.decay_axis)
+        self.g = None if c.decay == 0 else p.token("log_decay", c.decay, c.decay_axis)
         self.x = [p.token(f"x{self.suffix(i)}", s.x, "K") for i, s in enumerate(c.streams)]
         self.z = {r: p.token(f"z{self.suffix(r)}", self.reader(r).z, "K") for r in self.reading}
         self.gram = self.gram_matrices()
@@ -102,9 +102,9 @@ class _ChunkForm:
         return outs
 
     def gram_name(self, r: int, s: int) -> str:
-        """The block's own name if the product is all there is to it."""
-        scaled = (r < 0 or s in self.solving) and self.reader(r).scale != 1
-        return ("G" if scaled or self.coefficient(r, s) != 0 else "") + self.block_name(r, s)
+        """The block's own name if the product is all there is to it, else one with G for the product."""
+        name, scaled = self.block_name(r, s), (r < 0 or s in self.solving) and self.reader(r).scale != 1
+        return f"G{name.removeprefix('L')}" if scaled or self.coefficient(r, s) != 0 else name
 
     def coefficient(self, r: int, s: int) -> sympy.Expr:
         """The explicit coefficient with which reader r sees stream s at its own token."""

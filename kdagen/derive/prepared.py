@@ -50,6 +50,8 @@ class Prepare:
         if (expr, dims) not in self.made:
             opposite = self.made.get((-expr, dims))
             lowered, operands = (-opposite.symbol, [opposite]) if opposite else self.without_sums(expr)
+            if operands and operands[0].dims == dims and lowered == operands[0].symbol:
+                return operands[0]
             out = self.fresh(name, *dims)
             self.made[expr, dims] = self.map(out, lowered, operands, f"{out.name} = {expr}", zero_past_end=True)
         return self.made[expr, dims]

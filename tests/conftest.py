@@ -1,0 +1,26 @@
+"""`golden` compares text with a file under tests/golden; `pytest --update-golden` rewrites the files instead."""
+
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the code gives now")
+
+
+@pytest.fixture
+def golden(request):
+    """golden(file name, text): the file holds exactly this text."""
+
+    def compare(name: str, text: str) -> None:
+        path = FOLDER / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.is_file(), f"no golden file {name}: run pytest --update-golden"
+        assert text == path.read_text()
+
+    return compare
