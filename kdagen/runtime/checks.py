@@ -40,7 +40,8 @@ def check_shapes(signature: Signature, tensors: dict, initial_state=None) -> dic
 def _bind(signature: Signature, name: str, dims: tuple, shape, sizes: dict, setters: dict) -> None:
     if len(shape) != len(dims):
         raise ArgumentError(
-            f"{signature.name}: {name} has shape {list(shape)}, expected {len(dims)} dimensions, {brackets(dims)}"
+            f"{signature.name}: {name} has shape {list(shape)} of {len(shape)} dimensions, "
+            f"expected {len(dims)}, {brackets(dims)}"
         )
     for dim, size in zip(dims, shape):
         if sizes.setdefault(dim, size) != size:

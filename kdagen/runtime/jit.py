@@ -10,7 +10,6 @@ import logging
 import shlex
 import threading
 import time
-from functools import cached_property
 from pathlib import Path
 
 from kdagen import debug
@@ -32,7 +31,7 @@ class JustInTime:
         self._loaded: dict[str, LoadedOp] = {}
         self._lock = threading.Lock()
 
-    @cached_property
+    @property
     def folder(self) -> Path:
         """The build folder that is looked in."""
         return Path(self.options.build_dir) if self.options.build_dir else debug.build_dir()

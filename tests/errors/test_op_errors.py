@@ -1,6 +1,7 @@
 """Each message that compiling, calling and finding the kernels of an op can give; and that nothing runs before it."""
 
 import re
+import uuid
 
 import packages
 import pytest
@@ -13,6 +14,7 @@ from kdagen.errors import ArgumentError, ArtefactError, GradientError, Recurrenc
 from kdagen.ir import canonical_json
 from kdagen.pipeline import compile_op
 from kdagen.runtime import op as ops
+from kdagen.runtime import torch_op
 from kdagen.runtime.package import BuiltOp
 
 B, T, H, K, V = 2, 10, 4, 64, 32
@@ -116,7 +118,7 @@ def test_a_sequence_of_which_one_is_missing(never_runs):
 # -- shapes
 
 SHAPE = {
-    "rank": ({"beta": (B, T, H, 1)}, "kda: beta has shape [2, 10, 4, 1], expected 3 dimensions, [B, T, H]"),
+    "rank": ({"beta": (B, T, H, 1)}, "kda: beta has shape [2, 10, 4, 1] of 4 dimensions, expected 3, [B, T, H]"),
     "K": (
         {"k": (B, T, H, 32)},
         "kda: k has shape [2, 10, 4, 32], expected [B, T, H, K] = [2, 10, 4, 64]: K = 64 is set by q",
@@ -146,7 +148,7 @@ SHAPE = {
     ),
     "state's rank": (
         {"initial_state": (H, K, V)},
-        "kda: initial_state has shape [4, 64, 32], expected 4 dimensions, [B, H, K, V]",
+        "kda: initial_state has shape [4, 64, 32] of 3 dimensions, expected 4, [B, H, K, V]",
     ),
 }
 
@@ -167,7 +169,7 @@ def test_shapes_are_checked_when_torch_compiles_too():
 
 def test_the_torch_op_checks_by_itself(never_runs):
     torch_op = kg.compile("kda").torch_op
-    with raises(ArgumentError, "kda: g has shape [2, 10, 4], expected 4 dimensions, [B, T, H, K]"):
+    with raises(ArgumentError, "kda: g has shape [2, 10, 4] of 3 dimensions, expected 4, [B, T, H, K]"):
         torch_op(*arguments(g=SCALAR).values())
 
 
@@ -293,6 +295,7 @@ def test_a_stored_recurrence_with_a_function_that_is_not_ours():
 def gpu(monkeypatch, tmp_path):
     """CPU tensors stand for those on an H100; no kernel was ever built. Returns op._cuda on legal arguments."""
     monkeypatch.setattr(ops, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(torch_op, "identity", lambda *_: uuid.uuid4().hex)  # an op that nobody has called yet
     monkeypatch.setenv("KDAGEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("KDAGEN_BUILD_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -315,7 +318,6 @@ def no_nvcc(monkeypatch, tmp_path):
 
 
 def fresh(**options):
-    ops._ops.clear()
     return kg.compile("kda", **{"head_dim": 64, **options})
 
 

@@ -32,6 +32,17 @@ def initial(dtype=torch.float64):
     return torch.linspace(-1, 1, b * h * k * v, dtype=dtype).view(b, h, k, v)
 
 
+def variation(name: str, factor: float):
+    """A recurrence called `name`, another one for each factor."""
+
+    @kg.recurrence(name=name)
+    def plain(S, q, k, v):
+        S = S + kg.outer(k, factor * v)
+        return S, S.T @ q
+
+    return plain
+
+
 @pytest.mark.parametrize("name", kg.zoo.names())
 def test_every_recurrence_runs_on_cpu_tensors(name):
     given = inputs(name)
@@ -145,15 +156,15 @@ def test_opcheck(name, with_state):
 
 
 def test_it_is_found_under_torch_ops():
-    op, given = kg.compile("gla"), inputs("gla")
-    assert op.torch_op == torch.ops.kdagen.gla.default
-    o, state = torch.ops.kdagen.gla(**given, output_final_state=True)
-    expected = op(**given, output_final_state=True)
-    assert torch.equal(o, expected[0]) and torch.equal(state, expected[1])
-    schema = (
-        "kdagen::gla(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state=None, bool output_final_state=False)"
-    )
-    assert str(op.torch_op._schema) == f"{schema} -> (Tensor, Tensor)"
+    name, given = f"plain{next(names)}", inputs("linear_attention")
+    op = kg.compile(variation(name, 1.0))
+    found = getattr(torch.ops.kdagen, name)
+    assert op.torch_op == found.default
+    for result, expected in zip(found(**given, output_final_state=True), op(**given, output_final_state=True)):
+        assert torch.equal(result, expected)
+    options = "Tensor? initial_state=None, bool output_final_state=False"
+    schema = f"kdagen::{name}(Tensor q, Tensor k, Tensor v, {options}) -> (Tensor, Tensor)"
+    assert str(op.torch_op._schema) == schema
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -222,17 +233,6 @@ def test_a_backward_is_refused_where_it_is_asked_for_and_not_before():
         compiled(**given)  # torch derives the backward when it compiles
 
 
-def variation(name: str, factor: float):
-    """A recurrence called `name`, another one for each factor."""
-
-    @kg.recurrence(name=name)
-    def plain(S, q, k, v):
-        S = S + kg.outer(k, factor * v)
-        return S, S.T @ q
-
-    return plain
-
-
 def test_two_recurrences_of_one_name_do_not_clash():
     given, name = inputs("linear_attention"), f"plain{next(names)}"
     once, twice = kg.compile(variation(name, 1.0)), kg.compile(variation(name, 2.0))
@@ -290,7 +290,7 @@ def test_explain_says_what_would_run_and_what_ran(monkeypatch, tmp_path):
     monkeypatch.setenv("KDAGEN_CACHE_DIR", str(tmp_path / "cache"))
     op = kg.compile("kda_bounded", arch="sm80", gate_dtype="float32")
     text = op.explain()
-    assert text.startswith("kda_bounded(q, k, v, g, beta, A_log, dt_bias): torch.ops.kdagen.kda_bounded_")
+    assert text.startswith("kda_bounded(q, k, v, g, beta, A_log, dt_bias): torch.ops.kdagen.kda_bounded")
     assert "CPU tensors   CPU backend: batched matrix products on torch" in text
     assert "CUDA tensors  kernels for sm80 (A100), bfloat16, K = 128, V = 128" in text
     assert "decay       factored: the gate is bounded by -5 a token" in text

@@ -5,6 +5,7 @@ What a launch does is tested in test_build_loader.py, and on a mock driver in te
 
 import logging
 import threading
+import uuid
 from types import SimpleNamespace
 
 import packages
@@ -17,7 +18,7 @@ from kdagen.build import builder
 from kdagen.derive.canonical import canonical
 from kdagen.errors import LaunchError
 from kdagen.pipeline import compile_op
-from kdagen.runtime import loader
+from kdagen.runtime import loader, torch_op
 from kdagen.runtime import op as ops
 from kdagen.runtime.jit import JustInTime
 from kdagen.runtime.options import Options, options
@@ -29,6 +30,7 @@ DIMS = (64, 64)
 def machine(monkeypatch, tmp_path):
     """An H100, an empty cache and a working directory of its own."""
     monkeypatch.setattr(ops, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(torch_op, "identity", lambda *_: uuid.uuid4().hex)
     monkeypatch.setenv("KDAGEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("KDAGEN_BUILD_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -54,8 +56,7 @@ def source(arch="sm90", **more):
 
 
 def fresh(**more):
-    """An op that nobody has called yet."""
-    ops._ops.clear()
+    """An op that nobody has called yet: here each has an identity of its own."""
     return kg.compile("gla", head_dim=DIMS, **more)
 
 
