@@ -97,7 +97,7 @@ def progress_job(name):
 def test_what_spills_is_warned_of():
     kernel = {"name": "kda_scan", "spill_stores": 8, "spill_loads": 12, "warnings": ["ptxas info : (C7512) serialized"]}
     assert progress.warnings(kernel) == [
-        "kda_scan spills 20 bytes of registers: a smaller v_tile or chunk_size avoids it",
+        "kda_scan spills 20 bytes of registers to memory: right, but slower",
         "kda_scan: ptxas info : (C7512) serialized",
     ]
 
