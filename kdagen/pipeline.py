@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from kdagen.autotune.select import default_schedule
 from kdagen.codegen.source import OpSource
+from kdagen.codegen.tilelang import render
+from kdagen.derive.canonical import canonical as derive_canonical
+from kdagen.derive.chunk import chunk_form
 from kdagen.errors import ScheduleError
 from kdagen.ir.canonical import Canonical
-from kdagen.schedule import Schedule
+from kdagen.ir.tensor import Program
+from kdagen.ir.tensor_verify import verify
+from kdagen.ir.tile import Kernel
+from kdagen.lower import lower
+from kdagen.runtime.signature import describe
+from kdagen.schedule import DTYPES, Schedule
 from kdagen.target import target as find_target
 
-DTYPES = ("bfloat16", "float16")
+
+@dataclass(frozen=True)
+class Compilation:
+    """What each stage of the pipeline made, first to last."""
+
+    canonical: Canonical
+    program: Program
+    kernels: tuple[Kernel, ...]
+    source: OpSource
 
 
-def compile_op(
+def compile_op(recurrence, *args, **choices) -> OpSource:
+    """The generated TileLang modules of a recurrence and their launch plan: see `compile_stages`."""
+    return compile_stages(recurrence, *args, **choices).source
+
+
+def compile_stages(
     recurrence,
     head_dim: int | tuple[int, int] = (128, 128),
     dtype: str = "bfloat16",
@@ -22,7 +45,7 @@ def compile_op(
     schedule: Schedule | dict | None = None,
     gate_dtype: str | None = None,
     template_folders: Sequence[str | Path] = (),
-) -> OpSource:
+) -> Compilation:
     """Derive a recurrence's forward kernels and generate their TileLang modules.
 
     Args:
@@ -38,46 +61,39 @@ def compile_op(
         RecurrenceError: the recurrence is outside the family.
         ScheduleError, TargetError: the choices do not fit.
     """
-    from kdagen.autotune.select import default_schedule
-    from kdagen.codegen.tilelang import render
-    from kdagen.derive.canonical import canonical as derive_canonical
-    from kdagen.derive.chunk import chunk_form
-    from kdagen.lower import lower
-    from kdagen.runtime.signature import describe
-
-    _check_dtypes(dtype, gate_dtype or dtype)
-    target = find_target(arch)
-    dims = dict(zip("KV", (head_dim, head_dim) if isinstance(head_dim, int) else head_dim))
-    canonical = derive_canonical(recurrence)
-    program = chunk_form(canonical)
+    dims, target = _dims(head_dim), find_target(arch)
+    canonical = derive_canonical(recurrence)  # rank-one streams over one decayed state
+    program = verify(chunk_form(canonical))  # tensor IR of a chunk
+    dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
     if not isinstance(schedule, Schedule):
         schedule = default_schedule(canonical, dims, dtype, target, **(schedule or {}))
-    dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
-    kernels = lower(program, dims, dtypes, dtype, schedule, target)
-    sources = tuple(render(kernel, template_folders) for kernel in kernels)
-    arguments = tuple(a.name for a in canonical.arguments)
-    return OpSource(
+    kernels = lower(program, dims, dtypes, dtype, schedule, target)  # tile IR
+    modules = tuple(render(kernel, template_folders) for kernel in kernels)  # TileLang
+    source = OpSource(
         canonical.name,
-        sources,
+        modules,
         schedule.chunk_size,
         dims,
         dtype,
         schedule.fields(),
         target.name,
-        arguments,
+        tuple(a.name for a in canonical.arguments),
         describe(recurrence, canonical),
     )
+    return Compilation(canonical, program, kernels, source)
 
 
-def _check_dtypes(dtype: str, gate_dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ScheduleError(f"dtype '{dtype}' has no kernels: expected {' or '.join(DTYPES)}")
-    if gate_dtype not in (*DTYPES, "float32"):
-        raise ScheduleError(f"gate_dtype '{gate_dtype}': expected {', '.join(DTYPES)} or float32")
+def _dims(head_dim: int | tuple[int, int]) -> dict[str, int]:
+    k, v = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim
+    return {"K": k, "V": v}
 
 
 def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[str, str]:
     """Parameters of the head in fp32; keys and values in `dtype`; what only gates and scales in `gate_dtype`."""
+    if dtype not in DTYPES:
+        raise ScheduleError(f"dtype '{dtype}' has no kernels: expected {' or '.join(DTYPES)}")
+    if gate_dtype not in (*DTYPES, "float32"):
+        raise ScheduleError(f"gate_dtype '{gate_dtype}': expected {', '.join(DTYPES)} or float32")
     vectors = {
         s.name
         for stream in canonical.streams

@@ -9,6 +9,8 @@ from enum import Enum
 
 from kdagen.errors import ScheduleError
 
+DTYPES = ("bfloat16", "float16")  # of operands; sums and states are fp32
+
 
 class DecayForm(str, Enum):
     """How exp(g_i + ...) between two tokens of a chunk is kept finite."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdagen import zoo
 from kdagen.errors import ArgumentError
-from kdagen.pipeline import DTYPES
+from kdagen.schedule import DTYPES
 from kdagen.runtime.checks import short
 from kdagen.schedule import Schedule
 from kdagen.target import target
