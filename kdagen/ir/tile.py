@@ -179,8 +179,8 @@ def subscripts(text: str) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-def verify(kernel: Kernel) -> None:
-    """Raise KdagenError unless names are defined once, indices fit ranks, and products' sizes are legal."""
+def verify(kernel: Kernel) -> Kernel:
+    """The kernel itself; KdagenError unless names are defined once, indices fit ranks, products' sizes are legal."""
     buffers = {b.name: b for b in kernel.buffers}
     if len(buffers) != len(kernel.buffers):
         raise KdagenError(f"{kernel.name}: a buffer is declared twice: {sorted(b.name for b in kernel.buffers)}")
@@ -188,6 +188,7 @@ def verify(kernel: Kernel) -> None:
         _verify_names(kernel, statement, buffers)
         if isinstance(statement, Gemm):
             _verify_gemm(kernel, statement, buffers)
+    return kernel
 
 
 def _verify_names(kernel: Kernel, statement: Statement, buffers: dict[str, Buffer]) -> None:

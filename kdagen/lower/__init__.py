@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from kdagen.errors import ScheduleError
 from kdagen.ir.canonical import Canonical
 from kdagen.ir.tensor import Program
@@ -30,9 +32,20 @@ def lower(
     kernels = [lower_prepare(program, workspace, schedule, dtypes), lower_scan(program, workspace, schedule, arguments)]
     if schedule.output == "split":
         kernels.append(lower_output(program, workspace, schedule, arguments))
-    for kernel in kernels:
-        verify(kernel)
-    return tuple(kernels)
+    doc = _doc(program.canonical, dims, dtype, schedule)
+    return tuple(verify(dataclasses.replace(kernel, doc=doc)) for kernel in kernels)
+
+
+def _doc(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Schedule) -> tuple[str, ...]:
+    """What a generated module says of itself: the recurrence, and the choices that shaped it."""
+    said = canonical.doc.strip().replace("\\", "\\\\").replace('"', "'").splitlines()[:1]  # goes into a docstring
+    lines = [f"{canonical.name}: {line}" for line in said]
+    how = (
+        f"Chunks of {schedule.chunk_size} tokens, K = {dims['K']}, V = {dims['V']}, operands in {dtype}; "
+        f"{schedule.decay.value} decays."
+    )
+    names = "Buffers: _in arguments, _w workspaces, _s shared memory, _f registers. b, h, n: sequence, head, chunk."
+    return (*lines, how, names)
 
 
 def _check(dims: dict[str, int], schedule: Schedule, target: Target) -> None:

@@ -56,3 +56,13 @@ def test_the_plan_lists_tensors_once_and_models_traffic():
     assert [k["name"] for k in plan["kernels"]] == ["kda_prepare", "kda_scan"]
     assert plan["tensors"]["q"]["shape"] == ["B", "T", "H", 128]
     assert 1282 < sum(k["bytes_a_token"] for k in plan["kernels"]) <= 3100
+
+
+def test_a_docstring_of_the_users_cannot_break_the_module():
+    @kg.recurrence
+    def odd(S, q, k, v):
+        r'''S_t = S_{t-1} + k v^T, \beta = """1""" '''
+        return S + kg.outer(k, v), (S + kg.outer(k, v)).T @ q
+
+    for kernel in compile_op(odd, 64).kernels:
+        assert "\\beta = '''1'''" in ast.get_docstring(ast.parse(kernel.text))
