@@ -18,6 +18,23 @@ def test_modules_parse_and_carry_their_equations(name):
         assert products and kernel.text.count("            # ") >= products
 
 
+GOLDEN = {
+    "kda": {},
+    "kda_bounded": {},
+    "dplr": {"arch": "sm80"},
+    "deltaproduct": {"arch": "sm120", "head_dim": (64, 128)},
+    "gated_deltanet": {"schedule": {"output": "split", "chunk_size": 64}},
+    "mamba2": {"dtype": "float16", "gate_dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_text_of_the_modules(name, golden):
+    """A refactoring may claim that no kernel changed only if these did not."""
+    for kernel in compile_op(zoo.get(name), **GOLDEN[name]).kernels:
+        golden(f"tilelang_{kernel.name}.txt", kernel.text)
+
+
 def test_the_same_recurrence_gives_the_same_text():
     first, second = (compile_op(zoo.get("kda")) for _ in range(2))
     assert [k.text for k in first.kernels] == [k.text for k in second.kernels]
