@@ -165,8 +165,8 @@ class Prepare:
 
     def vanishes(self, op: TensorMap) -> bool:
         """Whether the expression is zero past the end by itself, because token inputs are zero there."""
-        rows = {v.symbol: 0 for v, ix in op.operands if ix and self.dims_of[v.name][0] == "C"}
-        return op.expr.subs(rows) == 0
+        rows = {v.symbol: sympy.S.Zero for v, ix in op.operands if ix and self.dims_of[v.name][0] == "C"}
+        return op.expr.xreplace(rows) == 0  # all at once: 0 / 0 is no zero
 
     def hoist(self, op: TensorMap) -> sympy.Expr:
         """Move factors that depend on the row alone and are not cheap into a vector of their own."""
