@@ -15,6 +15,7 @@ import sympy
 
 from kdagen.derive.prepared import Prepare, indices
 from kdagen.ir.canonical import Argument, Canonical, Intra, Reader
+from kdagen.ir.functions import axis_of
 from kdagen.ir.tensor import (
     Decay,
     Gram,
@@ -57,6 +58,7 @@ class _ChunkForm:
         c, p = self.canonical, self.prepare
         self.g = None if c.decay == 0 else p.token("log_decay", c.decay, c.decay_axis)
         self.x = [p.token(f"x{self.suffix(i)}", s.x, "K") for i, s in enumerate(c.streams)]
+        self.passed = self.passed_stream()
         self.z = {r: p.token(f"z{self.suffix(r)}", self.reader(r).z, "K") for r in self.reading}
         self.gram = self.gram_matrices()
         scan, output = self.scan(), self.output()
@@ -109,7 +111,17 @@ class _ChunkForm:
     def coefficient(self, r: int, s: int) -> sympy.Expr:
         """The explicit coefficient with which reader r sees stream s at its own token."""
         intra = self.reader(r).intra[s]
-        return sympy.S.Zero if isinstance(intra, Intra) else intra
+        own = sympy.S.Zero if isinstance(intra, Intra) else intra
+        return own + self.passed.get(s, 0) if r < 0 else own
+
+    def passed_stream(self) -> dict[int, sympy.Expr]:
+        """The known stream that the output's skip term is a scalar multiple of: it joins the diagonal of A_n."""
+        for s in self.others:
+            known = self.reader(s).scale * self.reader(s).y
+            factor = self.canonical.output.y / known
+            if factor != 0 and axis_of(factor, self.prepare.axes) == "":
+                return {s: factor}
+        return {}
 
     def block(self, r: int, s: int, scale: sympy.Expr = sympy.S.One) -> Value:
         """scale_i (G_ij + coefficient on the diagonal): how reader r sees stream s within the chunk."""
@@ -253,7 +265,7 @@ class _ChunkForm:
                 (self.stack("A", [[self.block(-1, s, reader.scale) for s in self.solving]]), self.values[0], False)
             )
         operands += [(self.block(-1, s, reader.scale), v, False) for s, v in zip(self.others, self.known, strict=True)]
-        skip = None if reader.y == 0 else p.token("y_o", reader.scale * reader.y, "V")
+        skip = None if reader.y == 0 or self.passed else p.token("y_o", reader.scale * reader.y, "V")
         eq = "O = " + _sum_of_products(operands) + (f" + {skip.name}" if skip else "")
         return (MatMul(Value("O", ("C", "V")), tuple(operands), skip, eq),)
 
