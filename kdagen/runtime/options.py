@@ -7,9 +7,8 @@ from pathlib import Path
 
 from kdagen import zoo
 from kdagen.errors import ArgumentError
-from kdagen.schedule import DTYPES
 from kdagen.runtime.checks import short
-from kdagen.schedule import Schedule
+from kdagen.schedule import DTYPES, Schedule
 from kdagen.target import target
 
 GATE_DTYPES = (*DTYPES, "float32")
