@@ -20,7 +20,8 @@ _WHERE = {
 }
 _MODULES = {
     "kdagen.language.vocabulary": (
-        "exp log sqrt rsqrt sigmoid softplus silu tanh relu square maximum minimum clip diag eye outer dot l2norm shift"
+        "exp log sqrt rsqrt sigmoid softplus logsigmoid silu tanh relu square maximum minimum clip diag eye outer dot "
+        "l2norm shift"
     ),
     "kdagen.language.annotations": "Key Value Channel Scalar HeadParameter ChannelParameter ValueParameter",
 }

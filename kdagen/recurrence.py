@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdagen.errors import RecurrenceError
 from kdagen.language.annotations import Role, role_of
 from kdagen.language.node import Node, equations
+from kdagen.language.vocabulary import functions
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,8 @@ def _record(body, name: str, constants: dict, scope: dict) -> Recurrence:
         infer(recorded)
     except RecurrenceError as e:
         text = str(e)
-        raise RecurrenceError(text if text.startswith("recurrence '") else f"recurrence '{name}': {text}") from None
+        cause = e.__cause__  # what the body raised of itself
+        raise RecurrenceError(text if text.startswith("recurrence '") else f"recurrence '{name}': {text}") from cause
     return recorded
 
 
@@ -104,9 +107,24 @@ def _run(body, name: str, constants: dict, scope: dict) -> Recurrence:
         roles |= {n: role for n in names if role}
     if repeated := {n.value for n in inputs if [m.value for m in inputs].count(n.value) > 1}:
         raise RecurrenceError(f"two arguments are called {', '.join(sorted(repeated))}: rename one")
-    new_state, output = _pair(body(state, **given, **fixed), state)
+    new_state, output = _pair(_call(body, state, given | fixed), state)
     doc = inspect.getdoc(body) or ""
     return Recurrence(name, doc, state, tuple(inputs), roles, new_state, output, fixed, body, scope)
+
+
+def _call(body, state: Node, given: dict):
+    """What the body returns; an error of its own with the line it stands in."""
+    try:
+        return body(state, **given)
+    except RecurrenceError:
+        raise
+    except Exception as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        at = next((f for f in reversed(frames) if f.filename == body.__code__.co_filename), frames[-1])
+        raise RecurrenceError(
+            f"the body raised {type(e).__name__} at {at.filename}:{at.lineno}: {e}. It runs once, on symbols "
+            f"that take + - * / ** @, .T and the functions of kdagen ({', '.join(functions())})"
+        ) from e
 
 
 def _parameters(body) -> list[inspect.Parameter]:
@@ -121,14 +139,20 @@ def _parameters(body) -> list[inspect.Parameter]:
     return parameters
 
 
+ONE_STATE = (
+    "A recurrence has one matrix state and one output: a second state, such as a momentum, is outside the family, and "
+    "a normaliser is read by one more value channel of ones, to divide by after the op"
+)
+
+
 def _pair(returned, state: Node) -> tuple[Node, Node]:
     how = f"expected 'return {state}, output': the new state and a value vector"
     if not isinstance(returned, tuple) or len(returned) != 2:
         got = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
-        raise RecurrenceError(f"the function returned {got}: {how}. A recurrence has one state and one output")
+        raise RecurrenceError(f"the function returned {got}: {how}. {ONE_STATE}")
     for what, node in zip(("the new state", "the output"), returned, strict=True):
         if isinstance(node, tuple):
-            raise RecurrenceError(f"{what} is a tuple of {len(node)}: {how}. A recurrence has one matrix state")
+            raise RecurrenceError(f"{what} is a tuple of {len(node)}: {how}. {ONE_STATE}")
         if not isinstance(node, Node):
             raise RecurrenceError(f"{what} is a {type(node).__name__}: {how}")
     if not returned[0].holds_state:
@@ -140,6 +164,11 @@ def load(spec: str | Recurrence) -> Recurrence:
     """The recurrence that `spec` names: one of the zoo ('kda'), or 'file.py:name'."""
     if isinstance(spec, Recurrence):
         return spec
+    if not isinstance(spec, str):
+        raise RecurrenceError(
+            f"a {type(spec).__name__} was given where a recurrence was expected: a function decorated with "
+            f"@kdagen.recurrence, a name of the zoo, or 'file.py:name'"
+        )
     if ":" not in spec and not spec.endswith(".py"):
         from kdagen import zoo
 

@@ -108,6 +108,50 @@ def preconditioned(S, q, k, v, g, beta, M: kg.Channel):
 
 
 @case(1, 1)
+def preconditioned_in_its_own_norm(S, q, k, v, g, beta, m):
+    M = kg.exp(m) / kg.sum(kg.exp(m))
+    S = kg.diag(kg.exp(g)) @ S
+    S += kg.outer(M * k, beta * (v - S.T @ k)) / kg.dot(k, M * k)
+    return S, S.T @ q
+
+
+@case(0, 1)
+def bounded_forget(S, q, v, f, floor: kg.ChannelParameter):
+    f = kg.sigmoid(floor) + (1 - kg.sigmoid(floor)) * kg.sigmoid(f)
+    return kg.diag(f) @ S + kg.outer(1 - f, v), S.T @ q
+
+
+@case(0, 1)
+def sixteenth_root(S, q, k, v, f):
+    S = kg.diag(kg.exp(kg.logsigmoid(f) / 16)) @ S + kg.outer(k, v)
+    return S, S.T @ (q * 128**-0.5)
+
+
+@case(4, 4)
+def four_reflections(S, q, k: kg.Key[4], v: kg.Value[4], beta: kg.Scalar[4], g):
+    S = kg.exp(g) * S
+    for k_i, v_i, beta_i in zip(map(kg.l2norm, k), v, beta, strict=True):
+        S = S + kg.outer(k_i, 2 * kg.sigmoid(beta_i) * (v_i - S.T @ k_i))
+    return S, S.T @ q
+
+
+@case(2, 2)
+def mixed_with_the_token_before(S, q, k, k_before, v, v_before, g, mu: kg.ChannelParameter, write: kg.Scalar):
+    k = k + mu * (k_before - k)
+    a = kg.sigmoid(write)
+    S = kg.diag(kg.exp(g)) @ S
+    S = S + a * kg.outer(k, v - S.T @ k) + (1 - a) * kg.outer(k_before, v_before - S.T @ k_before)
+    return S, S.T @ q
+
+
+@case(1, 1)
+def several_queries(S, q: kg.Key[3], weight: kg.Scalar[3], k, v, g, beta: kg.Channel):
+    S = kg.diag(kg.exp(g)) @ S
+    S = S + kg.outer(kg.sigmoid(beta) * k, v - S.T @ k)
+    return S, sum(w_i * (S.T @ q_i) for q_i, w_i in zip(q, weight, strict=True))
+
+
+@case(1, 1)
 def raw_decay(S, q, k, v, beta, a: kg.Channel(lower=0.0, upper=1.0)):
     S = (kg.diag(a) - kg.outer(k, beta * a * k)) @ S + kg.outer(k, beta * v)
     return S, S.T @ q

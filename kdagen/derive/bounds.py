@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import sympy
@@ -31,7 +32,9 @@ def _interval(expr, known) -> Interval:
         return known.get(expr, ANY)
     parts = [_interval(a, known) for a in expr.args]
     if expr.is_Add:
-        return (sum(p[0] for p in parts), sum(p[1] for p in parts))
+        low, high = map(sum, zip(*parts, strict=True))
+        least, most = _corners(expr, known)
+        return (max(low, least), min(high, most))
     if expr.is_Mul:
         return functools.reduce(_times, parts)
     if expr.is_Pow:
@@ -46,6 +49,19 @@ def _interval(expr, known) -> Interval:
     if type(expr) in MONOTONE:
         return tuple(MONOTONE[type(expr)](x) for x in parts[0])
     return ANY
+
+
+def _corners(expr, known) -> Interval:
+    """Bounds of a sum of products of bounded factors: linear in each, so extreme at corners, as s + t - s t is."""
+    factors = dict.fromkeys(f for t in expr.args for f in sympy.Mul.make_args(t) if not f.is_number)
+    bounds = [_interval(f, known) for f in factors]
+    if len(bounds) > MOST_FACTORS or not all(math.isfinite(x) for b in bounds for x in b):
+        return ANY
+    ends = [float(expr.xreplace(dict(zip(factors, map(sympy.Float, c))))) for c in itertools.product(*bounds)]
+    return (min(ends), max(ends))
+
+
+MOST_FACTORS = 6  # beyond which 2^n corners are too many
 
 
 def _exp(x):

@@ -28,7 +28,7 @@ ELEMENTWISE = {
     "div": lambda a, b: a / b,
     "pow": lambda a, b: a**b,
     "exp": sympy.exp,
-    "log": sympy.log,
+    "log": lambda x: -softplus(-x.args[0]) if isinstance(x, sigmoid) else sympy.log(x),
     "sqrt": sympy.sqrt,
     "rsqrt": lambda x: x ** sympy.Rational(-1, 2),
     "sigmoid": sigmoid,

@@ -21,6 +21,9 @@ NAMES = {
     "q": roles.Key,
     "k": roles.Key,
     "v": roles.Value,
+    "query": roles.Key,
+    "key": roles.Key,
+    "value": roles.Value,
     "beta": roles.Scalar,
     "dt": roles.Scalar,
     "A_log": roles.HeadParameter,
@@ -193,8 +196,20 @@ class _Inference:
 
     def argument(self, node: Node) -> Argument:
         (axis,) = self.open[node]
+        self._check_name(node, axis)
         role = self.recurrence.roles.get(node.value) or NAMES.get(_stem(node.value), roles.Scalar)
         return Argument(node.value, axis, role.per_token, role.lower, role.upper)
+
+    def _check_name(self, node: Node, axis: str) -> None:
+        """Refuses a key vector called v, a value vector called k or q: where K = V no shape would tell."""
+        role = NAMES.get(_stem(node.value))
+        if role in (roles.Key, roles.Value) and axis not in ("", role.axis) and node.value not in self.recurrence.roles:
+            meant = roles.Key if axis == "K" else roles.Value
+            raise RecurrenceError(
+                f"argument '{node}' is {LABELS[axis]} {self.reason[node]}, but by its name {LABELS[role.axis]}: "
+                f"kg.outer takes the key, then the value, since the state is K x V (o = S.T @ q). If it is meant, "
+                f"annotate it, {node}: kg.{meant.name}"
+            )
 
     # What to say.
 
@@ -215,7 +230,7 @@ class _Inference:
     def _contradiction(self, node: Node) -> str:
         known = [p for p in dict.fromkeys((*node.args, node)) if len(self.open[p]) <= 2]
         facts = "; ".join(f"'{p}' is {self._label(p)}{self._why(p)}" for p in known)
-        return f"axes do not fit in '{node}' ({node.line}): {facts}. {self._hint(node)}"
+        return f"axes do not fit in '{node}' ({node.line}){facts and ': '}{facts}. {self._hint(node)}"
 
     def _why(self, node: Node) -> str:
         """Where its axis comes from, unless it is plain to see."""
@@ -238,7 +253,10 @@ class _Inference:
         if node.op in ("mul", "div") and any(matrices):
             return "Only a scalar may multiply a matrix: to scale the rows of the state write kg.diag(d) @ S"
         if node.op == "transpose":
-            return "Only a matrix has a transpose: write kg.outer(x, p) for x p^T and kg.dot(a, b) for a^T b"
+            return (
+                "Only a matrix has a transpose: write kg.outer(x, p) for x p^T, kg.dot(a, b) for a^T b, and S.T @ q "
+                "or q @ S for a read"
+            )
         if node.op == "outer":
             return "kg.outer takes a key vector, then a value vector (or two key vectors: a K x K operator)"
         if node.op == "diag":

@@ -7,6 +7,7 @@ and anything that is not an operation on one token.
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from dataclasses import dataclass, field
@@ -90,6 +91,12 @@ class Node:
             f"is annotated, such as kg.Key[2]"
         )
 
+    def __setitem__(self, index, value):
+        raise RecurrenceError(
+            f"'{self}[{index}] = {value}': nothing is written in place. Write a new value, such as "
+            f"S = S + kg.outer(k, v) (or S += ..)"
+        )
+
     def __iter__(self):
         raise RecurrenceError(f"'{self}' is not a sequence: annotate the argument, such as kg.Key[2], to get a tuple")
 
@@ -117,6 +124,11 @@ class Node:
 
     __lt__ = __le__ = __gt__ = __ge__ = _no_order
 
+    def __eq__(self, other):
+        return self._no_order(other) if isinstance(other, numbers.Number) else self is other
+
+    __hash__ = object.__hash__
+
     def __float__(self):
         raise RecurrenceError(
             f"'{self}' has no value while the recurrence is recorded: use the functions of kdagen (kg.exp, "
@@ -143,11 +155,18 @@ def constant(value) -> Node:
     """A python number, as a node."""
     if isinstance(value, Node):
         return value
+    if isinstance(value, numbers.Real) and not math.isfinite(value):
+        raise RecurrenceError(
+            f"{value} stands where a finite number was expected: give a full reset as a gate of -inf when the op is "
+            f"called, and leave out a bound that is infinite"
+        )
     if isinstance(value, numbers.Real):
         return Node("constant", value=int(value) if float(value).is_integer() else float(value))
+    fixes = {tuple: "take one of its items, such as k[0], or loop over them", complex: "the state is real"}
+    fix = fixes.get(type(value), "pass tensors as arguments; a parameter with a default is a compile-time constant")
     raise RecurrenceError(
         f"a {type(value).__name__} stands where a symbol or a number was expected: a recurrence has only its arguments "
-        f"and numbers, so pass tensors as arguments"
+        f"and numbers, so {fix}"
     )
 
 
@@ -155,6 +174,8 @@ def make(op: str, *args, value=None) -> Node:
     """Records an operation, refusing what is not linear in the state."""
     nodes = tuple(constant(a) for a in args)
     node = Node(op, nodes, value, any(n.holds_state for n in nodes))
+    if op == "div" and nodes[1].value == 0:
+        raise RecurrenceError(f"'{node}' divides by zero: expected a divisor that is not 0")
     _check_linear(node)
     return node
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 from kdagen.errors import RecurrenceError
@@ -34,6 +35,11 @@ def _elementwise(name, numeric):
 exp, log, sqrt, rsqrt, sigmoid, softplus, silu, tanh, relu, abs_, square = (
     _elementwise(name, numeric) for name, numeric in NUMERIC.items()
 )
+
+
+def logsigmoid(x):
+    """log(sigmoid(x)), which gates are often given as."""
+    return -softplus(-x)
 
 
 def maximum(a, b) -> Node:
@@ -86,3 +92,9 @@ def shift(x, *_):
     raise RecurrenceError(
         f"'shift({x})': a recurrence sees token t alone. Shift the tensor before the op, pass it as one more argument"
     )
+
+
+def functions() -> list[str]:
+    """What a body may call, by the names that kdagen exports."""
+    here = [n for n, f in globals().items() if inspect.isfunction(f) and f.__module__ == __name__]
+    return sorted(n.rstrip("_") for n in here if n[0] != "_" and n not in ("functions", "shift"))

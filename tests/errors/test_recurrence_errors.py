@@ -1,6 +1,7 @@
 """Every refusal of the language and the derivation: what was written, what was expected, how to fix it."""
 
 import math
+import re
 
 import numpy
 import pytest
@@ -118,6 +119,14 @@ def test_transpose_of_a_vector():
     refused(bad, "'k.T'", "Only a matrix has a transpose")
 
 
+def test_transpose_of_an_argument_whose_role_is_open():
+    def bad(S, q, k, v):
+        return S + k @ v.T, S.T @ q
+
+    message = refused(bad, "axes do not fit in 'v.T' (", "kg.outer(x, p) for x p^T", "S.T @ q or q @ S")
+    assert ": ." not in message
+
+
 # One token.
 
 
@@ -173,7 +182,15 @@ def test_three_values():
         S = delta(S, k, v)
         return S, S.T @ q, S.T @ k
 
-    refused(bad, "a tuple of 3", "A recurrence has one state and one output")
+    refused(bad, "a tuple of 3", "one matrix state and one output", "a normaliser is read by one more value channel")
+
+
+def test_a_momentum():
+    def bad(S, M, q, k, v, eta):
+        M = eta * M - kg.outer(k, S.T @ k - v)
+        return (S + M, M), S.T @ q
+
+    refused(bad, "the new state is a tuple of 2", "a momentum, is outside the family")
 
 
 def test_two_states():
@@ -245,6 +262,76 @@ def test_comparison():
         return S + kg.outer(k, v * (beta > 0)), S.T @ q
 
     refused(bad, "'beta' was compared with '0'", "kg.maximum or kg.minimum")
+
+
+@pytest.mark.parametrize("equal", [lambda x: x == 0, lambda x: x != 1.0])
+def test_equality(equal):
+    def bad(S, q, k, v, beta):
+        return (S + kg.outer(k, beta * v) if equal(beta) else S), S.T @ q
+
+    refused(bad, "'beta' was compared with '", "the body runs once")
+
+
+def test_assignment_in_place():
+    def bad(S, q, k, v):
+        S[0] = k
+        return S, S.T @ q
+
+    refused(bad, "'S[0] = k': nothing is written in place", "S = S + kg.outer(k, v)")
+
+
+@pytest.mark.parametrize(
+    "expression, what",
+    [
+        (lambda k: kg.gelu(k), "AttributeError at .*module 'kdagen' has no attribute 'gelu'"),
+        (lambda k: kk, "NameError at .*name 'kk' is not defined"),  # noqa: F821
+        (lambda k: k // 2, "TypeError at .*unsupported operand type"),
+        (lambda k: (k, k)[2], "IndexError at .*tuple index out of range"),
+        (lambda k: kg.sum(k, -1) * k, "TypeError at .*takes 1 positional argument but 2 were given"),
+    ],
+)
+def test_an_error_of_the_body_s_own(expression, what):
+    def bad(S, q, k, v):
+        return S + kg.outer(expression(k), v), S.T @ q
+
+    message = refused(bad, f"{__file__}:", "the functions of kdagen (abs, clip, diag")
+    assert re.search(f"the body raised {what}", message)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_a_number_that_is_not_finite(number):
+    def bad(S, q, k, v, g):
+        return kg.exp(kg.maximum(g, number)) * S + kg.outer(k, v), S.T @ q
+
+    refused(bad, f"{number} stands where a finite number was expected", "a gate of -inf when the op is called")
+
+
+def test_division_by_zero():
+    def bad(S, q, k, v):
+        return S + kg.outer(k / 0, v), S.T @ q
+
+    refused(bad, "'k / 0' divides by zero")
+
+
+def test_a_complex_number():
+    def bad(S, q, k, v, theta):
+        return kg.exp(1j * theta) * S + kg.outer(k, v), S.T @ q
+
+    refused(bad, "a complex stands where a symbol or a number was expected", "the state is real")
+
+
+def test_a_sequence_as_a_whole():
+    def bad(S, q, k: kg.Key[2], v):
+        return S + kg.outer(k + q, v), S.T @ q
+
+    refused(bad, "a tuple stands where a symbol or a number was expected", "take one of its items, such as k[0]")
+
+
+def test_a_default_that_is_no_number():
+    def bad(S, q, k, v, g=None):
+        return S + kg.outer(g * k, v), S.T @ q
+
+    refused(bad, "a NoneType stands where", "a parameter with a default is a compile-time constant")
 
 
 @pytest.mark.parametrize("function", [numpy.exp, torch.exp, math.exp, float, numpy.asarray, torch.sigmoid])
@@ -328,6 +415,18 @@ def test_contradiction_in_use():
         return S + kg.outer(k, v) + kg.outer(v, k), S.T @ q
 
     refused(bad, "axes do not fit in 'S + outer(k, v) + outer(v, k)'", "'outer(v, k)' is a K x K matrix")
+
+
+def test_key_and_value_the_wrong_way_round():
+    def bad(S, q, k, v):
+        return S + kg.outer(v, k), S.T @ q
+
+    refused(
+        bad,
+        "argument 'k' is a value vector by its use in 'outer(v, k)', but by its name a key vector",
+        "kg.outer takes the key, then the value",
+        "k: kg.Value",
+    )
 
 
 def test_contradiction_with_an_annotation():
@@ -441,6 +540,12 @@ def test_unknown_name():
         kg.RecurrenceError, match="no recurrence 'kdaa' in the zoo: expected one of linear_attention, .*kda"
     ):
         kg.load("kdaa")
+
+
+@pytest.mark.parametrize("spec", [3, lambda S, q: (S, S.T @ q)])
+def test_what_is_no_recurrence(spec):
+    with pytest.raises(kg.RecurrenceError, match="was given where a recurrence was expected: a function"):
+        kg.compile(spec)
 
 
 def test_missing_file(tmp_path):

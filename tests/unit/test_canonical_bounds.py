@@ -31,6 +31,7 @@ EXPRESSIONS = [
     ChannelSum(x**2) * y,
     sympy.exp(-sympy.exp(z)),
     y**x,
+    sigmoid(z) + y - y * sigmoid(z) * x**2,
 ]
 
 
@@ -54,6 +55,8 @@ def test_samples_lie_within(expr):
         (z * softplus(z), (-math.inf, math.inf)),
         (x**2, (0.0, 4.0)),
         (sympy.Abs(x), (0.0, 2.0)),
+        (sigmoid(z) + sigmoid(x * z) - sigmoid(z) * sigmoid(x * z), (0.0, 1.0)),
+        (1 + x - x * y, (-1.0, 5.0)),
     ],
     ids=str,
 )

@@ -50,10 +50,27 @@ def test_standard_names_decide_what_use_leaves_open():
 
 def test_use_decides_over_standard_names():
     @kg.recurrence
-    def r(S, v, k, q, dt_bias):
-        return kg.exp(-kg.softplus(dt_bias)) * S + kg.outer(v, k), S.T @ q
+    def r(S, q, k, v, beta, dt_bias):
+        return kg.exp(-kg.softplus(dt_bias)) * kg.diag(kg.exp(-beta)) @ S + kg.outer(k, v), S.T @ q
 
-    assert roles(r) == {"v": ("K", True), "k": ("V", True), "q": ("K", True), "dt_bias": ("", False)}
+    vectors = {"q": ("K", True), "k": ("K", True), "v": ("V", True)}
+    assert roles(r) == {**vectors, "beta": ("K", True), "dt_bias": ("", False)}
+
+
+def test_an_annotation_decides_over_a_key_s_or_value_s_name():
+    @kg.recurrence
+    def r(S, q, v: kg.Key, k: kg.Value):
+        return S + kg.outer(v, k), S.T @ q
+
+    assert roles(r) == {"q": ("K", True), "v": ("K", True), "k": ("V", True)}
+
+
+def test_query_key_and_value_are_standard_names():
+    @kg.recurrence
+    def r(S, query, key, value, write):
+        return S + kg.outer(key, write * value), S.T @ query
+
+    assert roles(r) == {"query": ("K", True), "key": ("K", True), "value": ("V", True), "write": ("", True)}
 
 
 def test_operands_of_a_sum_have_its_axis_and_factors_beside_a_vector_are_scalars():
