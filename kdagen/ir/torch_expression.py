@@ -54,11 +54,9 @@ def _apply(function, values: list, out):
         values.sort(key=lambda v: v.numel())
     while len(values) > 2:
         values[:2] = [function(*values[:2])]
-    import torch
-
-    if out is None or torch.broadcast_shapes(*(v.shape for v in values)) != out.shape:
-        return _into(out, function(*values))
-    return function(*values, out=out)
+    if out is not None and any(v.shape == out.shape for v in values):
+        return function(*values, out=out)
+    return _into(out, function(*values))
 
 
 def _into(out, value):
