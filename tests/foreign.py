@@ -116,6 +116,13 @@ def preconditioned_in_its_own_norm(S, q, k, v, g, beta, m):
 
 
 @case(0, 1)
+def unit_key_erases(S, q, k, v, beta):
+    k, beta = kg.l2norm(k), kg.sigmoid(beta)
+    S = kg.diag(1 - beta * k * k) @ S + kg.outer(beta * k, v)
+    return S, S.T @ q
+
+
+@case(0, 1)
 def bounded_forget(S, q, v, f, floor: kg.ChannelParameter):
     f = kg.sigmoid(floor) + (1 - kg.sigmoid(floor)) * kg.sigmoid(f)
     return kg.diag(f) @ S + kg.outer(1 - f, v), S.T @ q

@@ -8,6 +8,7 @@ import math
 
 import sympy
 
+from kdagen.derive.forms import L2Norm
 from kdagen.ir.canonical import Argument
 from kdagen.ir.functions import ChannelSum, sigmoid, softplus
 
@@ -44,6 +45,8 @@ def _interval(expr, known) -> Interval:
         return (of(p[0] for p in parts), of(p[1] for p in parts))
     if isinstance(expr, sympy.Abs):
         return _absolute(parts[0])
+    if isinstance(expr, L2Norm):
+        return (-1.0, 1.0)
     if isinstance(expr, ChannelSum):  # of an unknown number of channels
         return (0.0 if parts[0][0] >= 0 else -math.inf, 0.0 if parts[0][1] <= 0 else math.inf)
     if type(expr) in MONOTONE:

@@ -30,6 +30,11 @@ def _canonical(recurrence) -> Canonical:
     linear = Linear(recurrence)
     decay = log_decay(linear)
     writes, output = streams(linear)
+    if not writes or not any(a.axis == "V" for a in linear.arguments):
+        raise RecurrenceError(
+            "nothing new is written to the state: expected a value vector among the arguments and a write of it, such "
+            "as S + kg.outer(k, v)"
+        )
     return Canonical(
         name=recurrence.name,
         doc=recurrence.doc,
@@ -80,7 +85,8 @@ def _log_of(base, linear):
         raise RecurrenceError(
             f"the state decays by {base}, which may be negative as far as is known: write the decay as kg.exp(g) of a "
             f"log decay, or as kg.sigmoid(...), or give the bounds of the raw factor, such as "
-            f"kg.{'Channel' if axis_of(base, linear.axes) else 'Scalar'}(lower=0.0, upper=1.0)"
+            f"kg.{'Channel' if axis_of(base, linear.axes) else 'Scalar'}(lower=0.0, upper=1.0), or hold it at zero by "
+            f"kg.relu(...)"
         )
     return sympy.log(base)
 

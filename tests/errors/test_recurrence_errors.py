@@ -499,6 +499,15 @@ def test_decay_that_may_be_negative():
     refused(bad, "the state decays by a, which may be negative", "kg.exp(g)", "kg.Channel(lower=0.0, upper=1.0)")
 
 
+@pytest.mark.parametrize("write", [lambda S, k: S, lambda S, k: S - kg.outer(k, S.T @ k)])
+def test_nothing_written(write):
+    def bad(S, q, k, g):
+        S = kg.exp(g) * S
+        return write(S, k), S.T @ (q + k)
+
+    refused(bad, "nothing new is written to the state: expected a value vector among the arguments")
+
+
 def test_scalar_decay_that_may_be_negative():
     def bad(S, q, k, v, beta):
         return (1 - beta) * S + kg.outer(k, v), S.T @ q
