@@ -45,6 +45,7 @@ class LoadedOp:
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest, self.plan = folder, manifest, manifest["plan"]
         self._functions: dict | None = None
+        self._last: tuple = ([], {}, {})  # shapes that a call was given, and what follows from them
         self._lock = threading.Lock()
 
     def functions(self) -> dict:
@@ -105,6 +106,24 @@ class LoadedOp:
         """The shape of one of the plan's tensors."""
         return tuple(evaluate(size, dims) for size in self.plan["tensors"][name]["shape"])
 
+    def layout(self, tensors: dict) -> tuple[dict[str, int], dict[str, tuple]]:
+        """The sizes of a call, and (shape, dtype, whether it is zero) of each tensor that a launch may have to make."""
+        shapes = [(name, t.shape) for name, t in tensors.items()]
+        known = self._last  # read once, for threads
+        if known[0] != shapes:
+            dims = self.dims(tensors)
+            self._last = known = shapes, dims, {name: self._made(name, dims) for name in self._may_be_made}
+        return known[1:]
+
+    @cached_property
+    def _may_be_made(self) -> list[str]:
+        roles = (*ALLOCATED, "initial_state")
+        return [name for name, spec in self.plan["tensors"].items() if spec["role"] in roles]
+
+    def _made(self, name: str, dims: dict[str, int]) -> tuple:
+        spec = self.plan["tensors"][name]
+        return self.shape(name, dims), spec["dtype"], spec["role"] == "initial_state"
+
     def launch(self, tensors: dict, allocate=None) -> dict:
         """Runs the kernels in order on torch's current stream; returns all tensors, outputs among them.
 
@@ -113,12 +132,11 @@ class LoadedOp:
         """
         allocate = allocate or _allocate
         tensors = {name: t for name, t in tensors.items() if t is not None}
-        dims = self.dims(tensors)
+        dims, made = self.layout(tensors)
         device = next(iter(tensors.values())).device
-        for name, spec in self.plan["tensors"].items():
-            if name not in tensors and (spec["role"] in ALLOCATED or spec["role"] == "initial_state"):
-                zero = spec["role"] == "initial_state"
-                tensors[name] = allocate(self.shape(name, dims), spec["dtype"], device, zero)
+        for name, (shape, dtype, zero) in made.items():
+            if name not in tensors:
+                tensors[name] = allocate(shape, dtype, device, zero)
         if dims["T"] == 0:
             self._keep_state(tensors)
             return tensors

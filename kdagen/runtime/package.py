@@ -78,11 +78,12 @@ class BuiltOp:
 
     def fitting(self, tensors: dict, capability: str) -> LoadedOp:
         """The variant for a compute capability ("9.0") and tensors; says why each other does not fit."""
-        reasons = {v.folder.name: v.mismatch(tensors, capability) for v in self.variants}
+        reasons = []
         for variant in self.variants:
-            if reasons[variant.folder.name] is None:
+            if (reason := variant.mismatch(tensors, capability)) is None:
                 return variant
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            reasons.append(f"{variant.folder.name}: {reason}")
+        listed = "; ".join(reasons)
         raise ArgumentError(
             f"no kernels of {self.name} fit ({listed}): build some with `kdagen build --op {self.name}`"
         )

@@ -75,6 +75,13 @@ def test_an_initial_state_and_outputs_may_be_given(op):
     assert op.calls[1][1][1] is state and results["o"] is o
 
 
+def test_each_call_has_the_sizes_of_its_own_arguments(op):
+    for b, n in ((2, 37), (2, 37), (1, 64), (2, 37)):
+        results = op.launch(tensors(b, n))
+        assert tuple(results["o"].shape) == (b, n, 3, 64)
+        assert tuple(op.calls[-1][1][0].shape)[:3] == (b, -(-n // 16), 16)
+
+
 @pytest.mark.parametrize("state", [None, torch.ones(2, 3, 16, 64)])
 def test_no_token_keeps_the_state_and_launches_nothing(op, state):
     results = op.launch(tensors(t=0, initial_state=state))

@@ -173,3 +173,44 @@ def test_sets_of_inputs_outlast_the_cache():
     assert gpu_timing.sets_needed(1 << 30, 50 << 20) == 1
     assert gpu_timing.sets_needed(60 << 20, 50 << 20) == 4
     assert gpu_timing.sets_needed(1, 50 << 20) == gpu_timing.MOST_SETS
+
+
+class Clock:
+    """Events of a GPU on which each call takes as many ms as it says."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Clock.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+@pytest.mark.parametrize("mode", ["device", "eager"])
+def test_contenders_take_turns_on_inputs_in_turn(monkeypatch, mode):
+    import gpu_timing
+
+    for name, stand_in in (("Event", Clock), ("_sleep", lambda cycles: None), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    made = []
+
+    def contender(label, milliseconds):
+        def call(given):
+            made.append((label, given))
+            Clock.now += next(milliseconds)
+
+        return call
+
+    slow = iter([9.0] * gpu_timing.WARM_UPS + [4.0, 1.0, 3.0, 2.0])
+    found = gpu_timing.measure(
+        {"slow": contender("slow", slow), "one": contender("one", iter([1.0] * 99))}, "abc", 4, mode
+    )
+    assert found["slow"].median == 2.5 and found["slow"].least == 1.0 and found["slow"].calls == 4
+    assert found["one"].p25 == found["one"].median == found["one"].p75 == 1.0
+    timed = made[2 * gpu_timing.WARM_UPS :]
+    assert [label for label, _ in timed] == ["slow", "one", "one", "slow"] * 2
+    assert "".join(given for _, given in timed) == "abcabcab"
