@@ -11,7 +11,7 @@ from kdagen.codegen.source import OpSource
 from kdagen.codegen.tilelang import render
 from kdagen.derive.canonical import canonical as derive_canonical
 from kdagen.derive.chunk import chunk_form
-from kdagen.errors import ScheduleError
+from kdagen.errors import RecurrenceError, ScheduleError
 from kdagen.ir.canonical import Canonical
 from kdagen.ir.tensor import Program
 from kdagen.ir.tensor_verify import verify
@@ -63,6 +63,11 @@ def compile_stages(
     """
     dims, target = _dims(head_dim), find_target(arch)
     canonical = derive_canonical(recurrence)  # rank-one streams over one decayed state
+    if not canonical.streams:
+        raise RecurrenceError(
+            f"recurrence '{canonical.name}' writes nothing to its state, so there is nothing for kernels to do: "
+            f"expected a write, such as S + kg.outer(k, v)"
+        )
     program = verify(chunk_form(canonical))  # tensor IR of a chunk
     dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
     if not isinstance(schedule, Schedule):

@@ -122,6 +122,21 @@ def unit_key_erases(S, q, k, v, beta):
     return S, S.T @ q
 
 
+@case(1, 1)
+def write_by_distance(S, q, k, k_before, v, target: kg.Value, g, beta, mu: kg.ChannelParameter):
+    d = target - v
+    k = kg.l2norm(k + mu * (k_before - k))
+    S = kg.exp(g) * S
+    S = S + kg.outer(k, kg.sqrt(kg.dot(d, d) + 1e-8) * beta * (v - S.T @ k))
+    return S, S.T @ q
+
+
+@case(0, 1)
+def decay_by_difference(S, q, k, v, a: kg.Channel, b: kg.Channel):
+    d = kg.square(a - b) + 1e-8
+    return kg.diag(kg.exp(-kg.sqrt(d))) @ S + kg.outer(k / d, v), S.T @ q
+
+
 @case(0, 1)
 def bounded_forget(S, q, v, f, floor: kg.ChannelParameter):
     f = kg.sigmoid(floor) + (1 - kg.sigmoid(floor)) * kg.sigmoid(f)

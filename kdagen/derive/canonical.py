@@ -30,7 +30,8 @@ def _canonical(recurrence) -> Canonical:
     linear = Linear(recurrence)
     decay = log_decay(linear)
     writes, output = streams(linear)
-    if not writes or not any(a.axis == "V" for a in linear.arguments):
+    _check_needed(linear, decay, writes, output)
+    if not any(a.axis == "V" for a in linear.arguments):
         raise RecurrenceError(
             "nothing new is written to the state: expected a value vector among the arguments and a write of it, such "
             "as S + kg.outer(k, v)"
@@ -45,6 +46,17 @@ def _canonical(recurrence) -> Canonical:
         streams=tuple(Stream(_finish(w.x, linear), _reader(w.p, writes, linear, w.p.z != 0)) for w in writes),
         output=_reader(output, writes, linear),
     )
+
+
+def _check_needed(linear: Linear, decay, writes: list[Write], output: Form) -> None:
+    """Refuses an argument that is used but cancels."""
+    forms = [output, *(w.p for w in writes)]
+    exprs = [decay, *(w.x for w in writes), *(e for f in forms for e in (f.y, f.z, *f.refs.values()))]
+    needed = set().union(*(linear.spelled(e).free_symbols for e in exprs))
+    if gone := [a.name for a in linear.arguments if a.symbol not in needed]:
+        raise RecurrenceError(
+            f"nothing depends on {', '.join(gone)}, which cancels or is multiplied by zero: remove it, or use it"
+        )
 
 
 def _finish(expr, linear):

@@ -46,7 +46,7 @@ def _polynomial(expr, atoms):
         base = normal(expr.base)
         if not base.is_Add:
             return sympy.Mul(*(_atom(b, atoms) ** (e * expr.exp) for b, e in _roots(base)))
-        return _atom(base, atoms) ** expr.exp
+        return _atom(expr.base, atoms) ** expr.exp  # as written: (a - b)^2 written out may round below zero
     return _atom(expr, atoms)
 
 
@@ -192,12 +192,22 @@ def channel_sum(expr: sympy.Expr, axes) -> sympy.Expr:
     return normal(total)
 
 
+def written_sum(expr: sympy.Expr, axes) -> sympy.Expr:
+    """The sum over channels of what a user wrote; a weighted square of a sum stays whole, so that it stays positive."""
+    factors = sympy.Mul.make_args(expr)
+    scalar = sympy.Mul(*(f for f in factors if axis_of(f, axes) == ""))
+    sums = [f for f in factors if f.as_base_exp()[0].is_Add and axis_of(f, axes) != ""]
+    if not sums or not all(f.as_base_exp()[1].is_even for f in sums):
+        return channel_sum(expr, axes)
+    return scalar * ChannelSum(expr / scalar)
+
+
 def finish(expr: sympy.Expr, axes) -> sympy.Expr:
     """The expression with L2Norm written out."""
     if not expr.has(L2Norm):
         return expr
 
     def write_out(x, eps):
-        return x * (channel_sum(x * x, axes) + eps) ** sympy.Rational(-1, 2)
+        return x * (written_sum(x * x, axes) + eps) ** sympy.Rational(-1, 2)
 
     return expr.replace(L2Norm, write_out)

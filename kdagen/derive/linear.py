@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from kdagen.derive.forms import L2Norm, channel_sum, monomial, normal, sign_of, split, terms
+from kdagen.derive.forms import L2Norm, channel_sum, monomial, normal, sign_of, split, terms, written_sum
 from kdagen.derive.roles import infer
 from kdagen.errors import RecurrenceError
 from kdagen.ir.functions import axis_of, sigmoid, softplus
@@ -104,7 +104,7 @@ class Linear:
             return self._product(node)
         args = [self.expr(a) for a in node.args]
         if node.op in ("dot", "sum"):
-            return self.sum(sympy.Mul(*args))
+            return written_sum(sympy.Mul(*args), self.axes)
         if node.op == "l2norm":
             return L2Norm(args[0], sympy.sympify(node.value))
         result = ELEMENTWISE[node.op](*args)
@@ -117,7 +117,7 @@ class Linear:
             operator, vector = (a, b) if kinds[0] == "KK" else (b, a)
             return self.apply(operator, self.expr(vector), transposed=kinds[1] == "KK")
         if kinds in (("K", "K"), ("V", "V")):
-            return self.sum(self.expr(a) * self.expr(b))
+            return written_sum(self.expr(a) * self.expr(b), self.axes)
         return self.expand(self.form(node)).y
 
     def sum(self, expr) -> sympy.Expr:

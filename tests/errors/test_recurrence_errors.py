@@ -9,6 +9,7 @@ import torch
 
 import kdagen as kg
 from kdagen.derive.canonical import canonical
+from kdagen.pipeline import compile_op
 
 
 def refused(body, *words):
@@ -450,6 +451,14 @@ def test_unused_argument():
     refused(bad, "argument 'beta' is never used")
 
 
+@pytest.mark.parametrize("nothing", [lambda q, v: 0 * q, lambda q, v: q - q])
+def test_an_argument_that_cancels(nothing):
+    def bad(S, q, k, v):
+        return S + kg.outer(k, v), S.T @ nothing(q, v)
+
+    refused(bad, "nothing depends on q, which cancels or is multiplied by zero: remove it, or use it")
+
+
 def test_two_arguments_of_one_name():
     def bad(S, q, k: kg.Key[2], k_1, v):
         return S + kg.outer(k[0] + k[1] + k_1, v), S.T @ q
@@ -500,12 +509,22 @@ def test_decay_that_may_be_negative():
 
 
 @pytest.mark.parametrize("write", [lambda S, k: S, lambda S, k: S - kg.outer(k, S.T @ k)])
-def test_nothing_written(write):
+def test_no_value_among_the_arguments(write):
     def bad(S, q, k, g):
         S = kg.exp(g) * S
         return write(S, k), S.T @ (q + k)
 
     refused(bad, "nothing new is written to the state: expected a value vector among the arguments")
+
+
+def test_nothing_written_by_a_kernel():
+    @kg.recurrence
+    def bad(S, q, v, g):
+        S = kg.exp(g) * S
+        return S, S.T @ q + v
+
+    with pytest.raises(kg.RecurrenceError, match="'bad' writes nothing to its state, .* expected a write, such as"):
+        compile_op(bad)
 
 
 def test_scalar_decay_that_may_be_negative():

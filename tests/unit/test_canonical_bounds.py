@@ -7,7 +7,7 @@ import sympy
 import torch
 
 from kdagen.derive.bounds import interval
-from kdagen.derive.forms import divided, divides, normal, split, terms
+from kdagen.derive.forms import divided, divides, normal, split, terms, written_sum
 from kdagen.ir.canonical import Argument
 from kdagen.ir.functions import ChannelSum, sigmoid, softplus
 from kdagen.reference import evaluate
@@ -67,6 +67,15 @@ def test_bounds_are_tight(expr, bounds):
 def test_normal_form_leaves_the_insides_of_functions():
     expr = sigmoid(x * (y + z)) * (x + y)
     assert normal(expr) == x * sigmoid(x * (y + z)) + y * sigmoid(x * (y + z))
+
+
+def test_squares_of_sums_stay_whole_where_they_must_be_positive():
+    axes = {x: "K", y: "", z: "K"}
+    assert written_sum(4 * y**2 * (x - z) ** 2, axes) == 4 * y**2 * ChannelSum((x - z) ** 2)
+    assert written_sum(x * (x - z), axes) == ChannelSum(x**2) - ChannelSum(x * z)
+    for power in (-1, sympy.Rational(1, 2), sympy.Rational(-1, 2)):
+        root = ((x - z) ** 2 + 1) ** power
+        assert normal(y * root) == y * root
 
 
 def test_normal_form_multiplies_exponentials():

@@ -22,3 +22,14 @@ def test_canonical_equals_the_oracle(name):
         for got, want in zip(canonical_reference(form, tensors, state), expected, strict=True):
             assert torch.isfinite(want).all()
             assert (got - want).norm() <= 1e-12 * want.norm()
+
+
+@pytest.mark.parametrize("name, pair", [("write_by_distance", ("target", "v")), ("decay_by_difference", ("a", "b"))])
+def test_squares_of_small_differences_keep_their_sign_in_float32(name, pair):
+    found = CASES[name][0]
+    tensors = {n: x.float() for n, x in kg.zoo.sample(canonical(found), (1, 20, 1, 16, 32), "mild", 0).items()}
+    near, to = pair
+    tensors[to] = 50 + tensors[to]
+    tensors[near] = tensors[to] + 1e-4 * torch.randn(tensors[to].shape, generator=torch.Generator().manual_seed(0))
+    expected = recurrence_reference(found, tensors)[0]
+    assert (kg.compile(found)(**tensors)[0] - expected).norm() <= 1e-4 * expected.norm()
