@@ -127,7 +127,7 @@ def write_by_distance(S, q, k, k_before, v, target: kg.Value, g, beta, mu: kg.Ch
     d = target - v
     k = kg.l2norm(k + mu * (k_before - k))
     S = kg.exp(g) * S
-    S = S + kg.outer(k, kg.sqrt(kg.dot(d, d) + 1e-8) * beta * (v - S.T @ k))
+    S = S + kg.outer(k, kg.tanh(kg.sqrt(kg.dot(d, d) + 1e-8)) * beta * (v - S.T @ k))
     return S, S.T @ q
 
 
@@ -150,10 +150,10 @@ def sixteenth_root(S, q, k, v, f):
 
 
 @case(4, 4)
-def four_reflections(S, q, k: kg.Key[4], v: kg.Value[4], beta: kg.Scalar[4], g):
+def four_steps(S, q, k: kg.Key[4], v: kg.Value[4], beta: kg.Scalar[4], g):
     S = kg.exp(g) * S
     for k_i, v_i, beta_i in zip(map(kg.l2norm, k), v, beta, strict=True):
-        S = S + kg.outer(k_i, 2 * kg.sigmoid(beta_i) * (v_i - S.T @ k_i))
+        S = S + kg.outer(k_i, kg.sigmoid(beta_i) * (v_i - S.T @ k_i))
     return S, S.T @ q
 
 
