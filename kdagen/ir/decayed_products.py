@@ -38,7 +38,7 @@ class Spans:
             return self.through
         if span == Span.REST:
             return self.rest
-        return self.through[..., -1, :] if span == Span.ALL else shifted(self.through)
+        return self.through[..., -1, :].clone() if span == Span.ALL else shifted(self.through)
 
 
 def pairs(x, size: int):

@@ -13,7 +13,21 @@ import sympy
 
 from kdagen.errors import ArgumentError
 from kdagen.ir.decayed_products import Spans, gram, product
-from kdagen.ir.tensor import Decay, Gram, Interleave, Load, Map, MatMul, Op, Program, RowSum, SolveTril, Value, reads
+from kdagen.ir.tensor import (
+    Decay,
+    Gram,
+    Interleave,
+    Load,
+    Map,
+    MatMul,
+    Op,
+    Program,
+    RowSum,
+    SolveTril,
+    Span,
+    Value,
+    reads,
+)
 from kdagen.ir.torch_expression import SAME_INDEX, compiled
 
 SPAN_ELEMENTS = 1 << 19  # of one K- or V-wide value of a span: a few values fill the cache that a core has
@@ -49,6 +63,7 @@ class Interpreter:
         first = next(iter(tensors.values()))
         self.arena = Arena(first.new_empty(0, dtype=dtype or first.dtype))
         self.steps, self.in_place = chunk_steps(program)
+        self.replaced = replaced(program)
         self.one_chunk = {op.out.name for op in self.steps}
         self.handlers = {
             Load: self.load, Map: self.map, RowSum: self.row_sum, Decay: self.decay, Gram: self.gram,
@@ -116,7 +131,8 @@ class Interpreter:
         env = {v.symbol: self.aligned(self.env[v.name], indices, op.indices) for v, indices in op.operands}
         if op.expr.has(sympy.KroneckerDelta):
             env[SAME_INDEX] = self.eye(self.chunk)
-        out = compiled(op.expr)(env, self.target(op.out))
+        dying = self.replaced.get(op.out.name)
+        out = compiled(op.expr)(env, self.env[dying] if dying else self.target(op.out))
         valid = self.end - self.start - (self.n - 1) * self.chunk
         if op.zero_past_end and valid < self.chunk:
             out[-1, :, :, valid:] = 0
@@ -190,6 +206,24 @@ def chunk_steps(program: Program) -> tuple[tuple[Op, ...], tuple[str, ...]]:
     kept = [op for op in program.scan if update.add == op.out and not any(op.out in reads(other) for other in rest)]
     ahead = tuple(op for op in rest if op not in kept)
     return (*ahead, *kept, update), (program.next_state.name, *(op.out.name for op in kept))
+
+
+def replaced(program: Program) -> dict[str, str]:
+    """Elementwise values of prepare that take the place of an operand which nothing reads afterwards."""
+    made = {op.out: op for op in program.prepare if isinstance(op, Map | Decay)}
+    found = {}
+    for n, op in enumerate(program.prepare):
+        later = program.prepare[n + 1 :] + program.scan + program.output
+        alike = [v for v in reads(op) if v in made and v.dims == op.out.dims] if isinstance(op, Map) else []
+        if dying := [v for v in alike if not any(_needs(o, made[v]) for o in later)]:
+            found[op.out.name] = dying[0].name
+    return found
+
+
+def _needs(op: Op, source: Map | Decay) -> bool:
+    """Whether `op` reads what `source` made, or is a decay formed from the same running sums."""
+    shared = isinstance(source, Decay) and (source.span == Span.REST) == (getattr(op, "span", None) == Span.REST)
+    return source.out in reads(op) or (shared and isinstance(op, Decay) and op.g == source.g)
 
 
 def sizes(arguments, tensors: dict) -> dict[str, int]:
