@@ -44,6 +44,7 @@ def _build(name: str) -> LoadedOp:
     return load_op(build_cached(compile_op(zoo.get(name), arch=arch)))
 
 
+@cache
 def op(name: str):
     """The same as people call it."""
     return BuiltOp(debug.build_dir() / name) if (debug.build_dir() / name).is_dir() else kg.compile(name)
