@@ -10,6 +10,61 @@ from __future__ import annotations
 from kdagen.ir.tensor import Gram, Span
 
 
+class Tree:
+    """Midpoint tree: readers and writers, decayed in place while blocks of 1, 2, 4 .. tokens are joined in pairs.
+
+    `rows` [..., C, readers, K] are decayed from their block's start, `cols` [..., C, writers, K] to its end, so that a
+    pair's second rows meet its first columns about the last token of its first block, with factors <= 1 throughout.
+    At the end, with one block to the chunk, they are the operands that meet the state.
+    """
+
+    def __init__(self, op: Gram, readers: list, writers: list, g, arena):
+        import torch
+
+        self.size, self.arena = 1, arena
+        self.total = torch.exp(g, out=arena.take("tree decay 1", g.shape))  # of each whole block
+        self.rows, self.cols = (
+            arena.take(name, (*g.shape[:-1], len(x), g.shape[-1]))
+            for name, x in (("tree rows", readers), ("tree cols", writers))
+        )
+        for row, z, after in zip(self.rows.unbind(-2), readers, op.after, strict=True):
+            torch.mul(z, self.total, out=row) if after else row.copy_(z)
+        for col, x in zip(self.cols.unbind(-2), writers, strict=True):
+            col.copy_(x)
+
+    def fill(self, outs: list[list]) -> Tree:
+        """Writes all that lies below the diagonal of outs[r][s]."""
+        while self.size < outs[0][0].shape[-1]:
+            late, early = self.halves()
+            level = product(late.flatten(-3, -2), early.flatten(-3, -2).mT, out=self.level(late, early))
+            level = level.unflatten(-1, early.shape[-3:-1]).unflatten(-3, late.shape[-3:-1])
+            for r, row in enumerate(outs):
+                for s, out in enumerate(row):
+                    below(out, self.size).copy_(level[..., r, :, s])
+            self.join(late, early)
+        return self
+
+    def halves(self) -> tuple:
+        """Rows of each pair's second block and columns of its first, [..., pairs, size, readers or writers, K]."""
+        late, early = (x.unflatten(-3, (-1, 2, self.size)) for x in (self.rows, self.cols))
+        return late[..., 1, :, :, :], early[..., 0, :, :, :]
+
+    def level(self, late, early):
+        """Where a level's products go."""
+        shape = (*late.shape[:-3], late.shape[-3] * late.shape[-2], early.shape[-3] * early.shape[-2])
+        return self.arena.take("tree level", shape)
+
+    def join(self, late, early) -> None:
+        """Rows of the second blocks gain the first's whole decay, columns of the first the second's."""
+        import torch
+
+        first, second = self.total.unflatten(-2, (-1, 2)).unbind(-2)
+        late *= first[..., None, None, :]
+        early *= second[..., None, None, :]
+        self.size *= 2
+        self.total = torch.mul(first, second, out=self.arena.take(f"tree decay {self.size}", first.shape))
+
+
 class Spans:
     """exp of the log decay over parts of blocks of `size` tokens: `double` joins blocks in pairs.
 
@@ -20,8 +75,8 @@ class Spans:
         import torch
 
         self.size = 1
-        self.through = torch.exp(g, out=arena.take("through", g.shape))
-        self.rest = arena.take("rest", g.shape).fill_(1)
+        self.through = torch.exp(g, out=arena.take("spans through", g.shape))
+        self.rest = arena.take("spans rest", g.shape).fill_(1)
 
     def double(self) -> None:
         """The second block's prefixes gain the first's whole decay, the first's suffixes the second's."""
@@ -54,10 +109,7 @@ def shifted(through):
 
 
 def gram(op: Gram, readers: list, writers: list, spans: Spans | None, outs: list[list], arena) -> None:
-    """Fills outs[r][s], zero above the diagonal; leaves `spans` at chunk size."""
-    if spans is not None and spans.through.shape[-1] > 1:
-        _tree(op, readers, writers, spans, outs, arena)
-        return
+    """Without decay or with one rate a head: products first, then a C x C matrix of decays; zero above the diagonal."""
     factors = _decay_matrices(op, spans, outs[0][0].shape, arena) if spans else [None] * len(readers)
     for row, z, factor, diagonal in zip(outs, readers, factors, op.diagonal, strict=True):
         for out, x, kept in zip(row, writers, diagonal, strict=True):
@@ -67,68 +119,29 @@ def gram(op: Gram, readers: list, writers: list, spans: Spans | None, outs: list
             out.tril_(0 if kept else -1)
 
 
+def tree_gram(op: Gram, readers: list, writers: list, g, outs: list[list], arena) -> Tree:
+    """With one rate a channel: the tree; `outs` must be zero above the diagonal, and there they stay."""
+    import torch
+
+    for row, z, diagonal in zip(outs, readers, op.diagonal, strict=True):
+        for out, x, kept in zip(row, writers, diagonal, strict=True):
+            if kept:
+                terms = torch.mul(z, x, out=arena.take("tree rows", torch.broadcast_shapes(z.shape, x.shape)))
+                torch.sum(terms, -1, out=out.diagonal(dim1=-2, dim2=-1))
+    return Tree(op, readers, writers, g, arena).fill(outs)
+
+
 def _decay_matrices(op: Gram, spans: Spans, shape, arena) -> list:
-    """One rate a head: the C x C matrix of decays from j to i for each reader, 1 on the diagonal."""
+    """The C x C matrix of decays from j to i for each reader, 1 on the diagonal."""
     import torch
 
     matrix = arena.take("decay matrix", shape, zero=True)
     matrix.diagonal(dim1=-2, dim2=-1).fill_(1)
     while spans.size < shape[-1]:
-        through, rest = _halves(spans)
+        through, rest = pairs(spans.through, spans.size)[..., 1, :, :], pairs(spans.rest, spans.size)[..., 0, :, :]
         torch.mul(through, rest.mT, out=below(matrix, spans.size))
         spans.double()
     return [matrix if after else shifted(matrix) for after in op.after]
-
-
-def _halves(spans: Spans) -> tuple:
-    """Of each pair, the second block's prefixes and the first block's suffixes."""
-    return pairs(spans.through, spans.size)[..., 1, :, :], pairs(spans.rest, spans.size)[..., 0, :, :]
-
-
-def _tree(op: Gram, readers, writers, spans: Spans, outs, arena) -> None:
-    """Pairs of blocks of 1, 2, 4 .. tokens: second (rows) against first (columns), about the first's last token."""
-    import torch
-
-    while spans.size < readers[0].shape[-2]:
-        rows, cols = _rows(op, readers, spans, arena), _cols(writers, spans, arena)
-        b, shape = spans.size, (*rows.shape[:-1], cols.shape[-2])
-        level = product(rows, cols.mT, out=arena.take("level", shape))
-        for r, row in enumerate(outs):
-            for s, out in enumerate(row):
-                below(out, b).copy_(level[..., r * b : (r + 1) * b, s * b : (s + 1) * b])
-        spans.double()
-    for row, z, diagonal in zip(outs, readers, op.diagonal, strict=True):
-        for out, x, kept in zip(row, writers, diagonal, strict=True):
-            if kept:
-                terms = torch.mul(z, x, out=arena.take("rows", torch.broadcast_shapes(z.shape, x.shape)))
-                torch.sum(terms, -1, out=out.diagonal(dim1=-2, dim2=-1))
-
-
-def _rows(op: Gram, readers, spans: Spans, arena):
-    """Readers of every pair's second block, one above the other, decayed from the first's last token."""
-    import torch
-
-    b, (through, _) = spans.size, _halves(spans)
-    rows = arena.take("rows", (*through.shape[:-2], len(readers) * b, through.shape[-1]))
-    for r, (z, after) in enumerate(zip(readers, op.after, strict=True)):
-        z, row = pairs(z, b)[..., 1, :, :], rows[..., r * b : (r + 1) * b, :]
-        if after:
-            torch.mul(z, through, out=row)
-        else:
-            row[..., 0, :] = z[..., 0, :]
-            torch.mul(z[..., 1:, :], through[..., :-1, :], out=row[..., 1:, :])
-    return rows
-
-
-def _cols(writers, spans: Spans, arena):
-    """Writers of every pair's first block, one above the other, decayed to its last token."""
-    import torch
-
-    b, (_, rest) = spans.size, _halves(spans)
-    cols = arena.take("cols", (*rest.shape[:-2], len(writers) * b, rest.shape[-1]))
-    for s, x in enumerate(writers):
-        torch.mul(pairs(x, b)[..., 0, :, :], rest, out=cols[..., s * b : (s + 1) * b, :])
-    return cols
 
 
 def below(matrix, size: int):

@@ -12,7 +12,7 @@ import math
 import sympy
 
 from kdagen.errors import ArgumentError
-from kdagen.ir.decayed_products import Spans, gram, product
+from kdagen.ir.decayed_products import Spans, gram, product, tree_gram
 from kdagen.ir.tensor import (
     Decay,
     Gram,
@@ -27,6 +27,7 @@ from kdagen.ir.tensor import (
     Span,
     Value,
     reads,
+    writes,
 )
 from kdagen.ir.torch_expression import SAME_INDEX, compiled
 
@@ -34,7 +35,10 @@ SPAN_ELEMENTS = 1 << 19  # of one K- or V-wide value of a span: a few values fil
 
 
 class Arena:
-    """Scratch tensors by name, kept from span to span: fresh memory would cost more than the arithmetic."""
+    """Scratch tensors by name, kept from span to span: fresh memory would cost more than the arithmetic.
+
+    What is no value of the program has a space in its name.
+    """
 
     def __init__(self, like):
         self.like, self.kept = like, {}
@@ -63,7 +67,9 @@ class Interpreter:
         first = next(iter(tensors.values()))
         self.arena = Arena(first.new_empty(0, dtype=dtype or first.dtype))
         self.steps, self.in_place = chunk_steps(program)
-        self.replaced = replaced(program)
+        self.carried = carried(program)  # so their decays need not be formed, unless others read them
+        others = [op for op in program.prepare if writes(op)[0].name not in self.carried]
+        self.read = {v for op in (*others, *self.steps) for v in reads(op)}
         self.one_chunk = {op.out.name for op in self.steps}
         self.handlers = {
             Load: self.load, Map: self.map, RowSum: self.row_sum, Decay: self.decay, Gram: self.gram,
@@ -85,7 +91,7 @@ class Interpreter:
     def span(self, start: int, end: int, state, out) -> None:
         """The tokens start..end-1: writes their output, and replaces the state by the one after them."""
         self.start, self.end, self.n = start, end, -(-(end - start) // self.chunk)
-        self.env, self.targets, self.spans = {}, {}, {}
+        self.env, self.targets, self.spans, self.tree_ends = {}, {}, {}, {}
         self.do(self.program.prepare)
         prepared = {v.name: self.env[v.name] for op in self.steps for v in reads(op) if v.name in self.env}
         self.targets = dict.fromkeys(self.in_place, state)
@@ -128,11 +134,13 @@ class Interpreter:
         return x.unflatten(1, (self.n, self.chunk)).permute(1, 0, 3, 2, *range(4, x.dim() + 1))
 
     def map(self, op: Map) -> None:
+        if op.out.name in self.carried:
+            self.env[op.out.name] = self.tree_ends[self.carried[op.out.name]]
+            return
         env = {v.symbol: self.aligned(self.env[v.name], indices, op.indices) for v, indices in op.operands}
         if op.expr.has(sympy.KroneckerDelta):
             env[SAME_INDEX] = self.eye(self.chunk)
-        dying = self.replaced.get(op.out.name)
-        out = compiled(op.expr)(env, self.env[dying] if dying else self.target(op.out))
+        out = compiled(op.expr)(env, self.target(op.out))
         valid = self.end - self.start - (self.n - 1) * self.chunk
         if op.zero_past_end and valid < self.chunk:
             out[-1, :, :, valid:] = 0
@@ -160,19 +168,30 @@ class Interpreter:
         return Spans(x if len(g.dims) > 1 else x.unsqueeze(-1), self.arena)
 
     def decay(self, op: Decay) -> None:
+        if op.out not in self.read:
+            return
+        if op.span == Span.ALL and (op.g.name, Span.ALL) in self.tree_ends:
+            self.env[op.out.name] = self.tree_ends[op.g.name, Span.ALL]
+            return
         if op.g.name not in self.spans:
             self.spans[op.g.name] = self.new_spans(op.g)
         x = self.spans[op.g.name].over(op.span)
         self.env[op.out.name] = x if len(op.g.dims) > 1 else x.squeeze(-1)
 
     def gram(self, op: Gram) -> None:
-        if op.g is not None:
-            self.spans[op.g.name] = self.new_spans(op.g)
         outs = [[self.target(v, zero=True) for v in row] for row in op.outs]
         self.env |= {
             v.name: out for row, values in zip(op.outs, outs, strict=True) for v, out in zip(row, values, strict=True)
         }
         readers, writers = ([self.env[v.name] for v in values] for values in (op.readers, op.writers))
+        if op.g is not None and len(op.g.dims) > 1:
+            tree = tree_gram(op, readers, writers, self.env[op.g.name], outs, self.arena)
+            ends = (*tree.rows.unbind(-2), *tree.cols.unbind(-2))
+            self.tree_ends |= {(v.name, span): x for (v, span), x in zip(leaves(op), ends, strict=True)}
+            self.tree_ends[op.g.name, Span.ALL] = tree.total.squeeze(-2)
+            return
+        if op.g is not None:
+            self.spans[op.g.name] = self.new_spans(op.g)
         gram(op, readers, writers, self.spans[op.g.name] if op.g else None, outs, self.arena)
 
     def interleave(self, op: Interleave) -> None:
@@ -208,22 +227,23 @@ def chunk_steps(program: Program) -> tuple[tuple[Op, ...], tuple[str, ...]]:
     return (*ahead, *kept, update), (program.next_state.name, *(op.out.name for op in kept))
 
 
-def replaced(program: Program) -> dict[str, str]:
-    """Elementwise values of prepare that take the place of an operand which nothing reads afterwards."""
-    made = {op.out: op for op in program.prepare if isinstance(op, Map | Decay)}
+def carried(program: Program) -> dict[str, tuple[str, Span]]:
+    """Elementwise values that a Gram's tree leaves behind, as they decay one of its operands: (operand, span)."""
+    grams = {op.g: op for op in program.prepare if isinstance(op, Gram) and op.g is not None and len(op.g.dims) > 1}
+    decays = {op.out: op for op in program.prepare if isinstance(op, Decay) and op.g in grams}
     found = {}
-    for n, op in enumerate(program.prepare):
-        later = program.prepare[n + 1 :] + program.scan + program.output
-        alike = [v for v in reads(op) if v in made and v.dims == op.out.dims] if isinstance(op, Map) else []
-        if dying := [v for v in alike if not any(_needs(o, made[v]) for o in later)]:
-            found[op.out.name] = dying[0].name
+    for op in program.prepare:
+        if isinstance(op, Map) and len(op.operands) == 2:
+            (a, _), (b, _) = op.operands
+            if b in decays and op.expr == a.symbol * b.symbol and (a, decays[b].span) in leaves(grams[decays[b].g]):
+                found[op.out.name] = (a.name, decays[b].span)
     return found
 
 
-def _needs(op: Op, source: Map | Decay) -> bool:
-    """Whether `op` reads what `source` made, or is a decay formed from the same running sums."""
-    shared = isinstance(source, Decay) and (source.span == Span.REST) == (getattr(op, "span", None) == Span.REST)
-    return source.out in reads(op) or (shared and isinstance(op, Decay) and op.g == source.g)
+def leaves(op: Gram) -> list[tuple[Value, Span]]:
+    """The decayed operands of a tree at its end: the rows, then the columns."""
+    rows = [(z, Span.THROUGH if after else Span.BEFORE) for z, after in zip(op.readers, op.after, strict=True)]
+    return [*rows, *((x, Span.REST) for x in op.writers)]
 
 
 def sizes(arguments, tensors: dict) -> dict[str, int]:

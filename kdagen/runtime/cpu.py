@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdagen.ir.tensor import Program
 
-CHUNK_SIZE = 32  # the fastest of 16, 32 and 64 in benchmarks/cpu_op.py
+ROWS = 64  # of a chunk's solve: the fastest of 16, 32 and 64 at every length in benchmarks/cpu_op.py
 
 
 def run(program: Program, tensors: dict, initial_state=None, out_dtype=None) -> tuple:
@@ -14,9 +14,19 @@ def run(program: Program, tensors: dict, initial_state=None, out_dtype=None) -> 
     """
     import torch
 
-    from kdagen.ir.tensor_interpret import Interpreter
+    from kdagen.ir.tensor_interpret import Interpreter, sizes
 
     wide = any(x.dtype == torch.float64 for x in tensors.values())
     dtype = torch.float64 if wide else torch.float32
+    chunk = chunk_size(sizes(program.canonical.arguments, tensors)["T"], len(program.canonical.solving))
     with torch.no_grad():
-        return Interpreter(program, tensors, CHUNK_SIZE, dtype).run(initial_state, out_dtype)
+        return Interpreter(program, tensors, chunk, dtype).run(initial_state, out_dtype)
+
+
+def chunk_size(tokens: int, solving: int) -> int:
+    """A power of two: no more than the sequence fills, nor than gives ROWS rows for that many solving streams.
+
+    From ROWS tokens on it does not depend on the length, so that neither do the bits of an output.
+    """
+    most = ROWS >> (max(solving, 1) - 1).bit_length()
+    return min(max(most, 1), 1 << (tokens - 1).bit_length())

@@ -44,3 +44,20 @@ def test_nothing_is_recorded_for_autograd():
     form = canonical(zoo.get("gla"))
     tensors = {n: x.requires_grad_() for n, x in zoo.sample(form, (1, 5, 1, 4, 4)).items()}
     assert not cpu.run(chunk_form(form), tensors)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    "tokens, solving, expected",
+    [(1, 1, 1), (2, 1, 2), (9, 1, 16), (64, 1, 64), (65, 0, 64), (4096, 2, 32), (4096, 3, 16)],
+)
+def test_chunks_fit_short_sequences_and_bound_the_solve(tokens, solving, expected):
+    assert cpu.chunk_size(tokens, solving) == expected
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 33])
+def test_short_sequences_equal_the_oracle(t):
+    form = canonical(zoo.get("deltaproduct"))
+    tensors = zoo.sample(form, (2, t, 2, 16, 8), "reset")
+    expected = recurrence_reference(zoo.get("deltaproduct"), tensors)
+    for got, want in zip(cpu.run(chunk_form(form), tensors), expected, strict=True):
+        assert (got - want).norm() <= 1e-10 * want.norm()

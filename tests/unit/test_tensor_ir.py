@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kdagen import zoo
 from kdagen.derive.canonical import canonical
 from kdagen.derive.chunk import chunk_form
-from kdagen.ir.tensor_interpret import Interpreter, interpret
+from kdagen.ir.tensor_interpret import Interpreter, carried, interpret
 from kdagen.reference import recurrence_reference
 from kdagen.zoo.inputs import GATES
 
@@ -151,6 +151,11 @@ def test_scratch_does_not_grow_with_the_sequence():
         run.run()
         sizes.append(sum(x.numel() for x in run.arena.kept.values()))
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("name, left", [("kda", {"Z", "X", "Q"}), ("dplr", {"Z", "X", "X_n", "Q"}), ("retnet", set())])
+def test_decayed_operands_are_what_the_tree_leaves_behind(name, left):
+    assert set(carried(derived(zoo.get(name))[1])) == left
 
 
 def test_grouped_heads_serve_consecutive_value_heads():
