@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kdagen.ir.canonical import Canonical
 from kdagen.lower.decay import decay_form
+from kdagen.lower.warps import prepare_threads
 from kdagen.schedule import DecayForm, Schedule
 from kdagen.target import Target
 
@@ -20,7 +21,7 @@ def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, tar
     return Schedule(
         chunk_size=chunk,
         decay=decay_form(canonical, chunk, dtype)[0],
-        prepare_threads=64 if rows * chunk <= 16 else 128,
+        prepare_threads=prepare_threads(canonical, chunk, target),
         v_tile=v_tile,
         scan_threads=2 * choices.get("v_tile", v_tile),
         stages=2 if target.bulk_copies else 1,

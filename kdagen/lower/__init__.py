@@ -7,10 +7,11 @@ import dataclasses
 from kdagen.errors import ScheduleError
 from kdagen.ir.canonical import Canonical
 from kdagen.ir.tensor import Program
-from kdagen.ir.tile import Kernel, verify
+from kdagen.ir.tile import Gemm, Kernel, verify
 from kdagen.lower.decay import factored_rows
 from kdagen.lower.prepare import argument_buffers, lower_prepare
 from kdagen.lower.scan import SPECIALISED, lower_output, lower_scan
+from kdagen.lower.warps import divides
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm, Schedule
 from kdagen.target import Target
@@ -30,6 +31,7 @@ def lower(
     workspace = Workspace(program, schedule.chunk_size, dims, dtype)
     arguments = argument_buffers(program.canonical, dims, dtypes)
     kernels = [lower_prepare(program, workspace, schedule, dtypes), lower_scan(program, workspace, schedule, arguments)]
+    _check_prepare(kernels[0], target)
     if schedule.output == "split":
         kernels.append(lower_output(program, workspace, schedule, arguments))
     doc = _doc(program.canonical, dims, dtype, schedule)
@@ -63,6 +65,16 @@ def _check(dims: dict[str, int], schedule: Schedule, target: Target) -> None:
         )
     if schedule.output not in ("fused", "split"):
         raise ScheduleError(f"output '{schedule.output}': expected 'fused' or 'split'")
+
+
+def _check_prepare(kernel: Kernel, target: Target) -> None:
+    for gemm in (s for s in kernel.body if isinstance(s, Gemm)):
+        rows, cols, _ = gemm.size
+        if not divides(rows, cols, kernel.threads, target):
+            raise ScheduleError(
+                f"prepare_threads {kernel.threads}: its {kernel.threads // 32} warps cannot share a product of "
+                f"{rows} x {cols} evenly on {target.name}: expected 64"
+            )
 
 
 def _check_decay(canonical: Canonical, schedule: Schedule, dtype: str) -> None:

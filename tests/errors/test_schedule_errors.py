@@ -35,10 +35,14 @@ def test_stacked_streams_need_a_narrow_tile():
         compile_op(zoo.get("deltaproduct"), schedule={"v_tile": 128})
 
 
+def test_warps_that_cannot_share_a_product():
+    message = "prepare_threads 128: its 4 warps cannot share a product of 96 x 64 evenly on sm90: expected 64"
+    with pytest.raises(ScheduleError, match=message):
+        compile_op(zoo.get("deltaproduct"), schedule={"chunk_size": 32, "prepare_threads": 128})
+
+
 def test_unknown_arch_lists_the_known():
-    with pytest.raises(
-        TargetError, match="unknown arch .sm75.: expected one of sm80, sm89, sm90"
-    ):
+    with pytest.raises(TargetError, match="unknown arch .sm75.: expected one of sm80, sm89, sm90"):
         compile_op(zoo.get("kda"), arch="sm75")
 
 

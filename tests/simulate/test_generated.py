@@ -90,7 +90,7 @@ def test_other_targets(name, arch):
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
 @pytest.mark.parametrize("name", zoo.names())
 def test_split_output_and_every_chunk_size(name, chunk_size):
-    check(zoo.get(name), "softplus", schedule={"chunk_size": chunk_size, "output": "split", "prepare_threads": 128})
+    check(zoo.get(name), "softplus", schedule={"chunk_size": chunk_size, "output": "split"})
 
 
 @pytest.mark.parametrize("gate", GATES)

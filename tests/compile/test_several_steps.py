@@ -1,0 +1,12 @@
+"""Kernels whose products are of uneven sizes get through TileLang: three steps a token make 48 x 48 solves."""
+
+from foreign import CASES
+
+from kdagen.build import adapter
+from kdagen.pipeline import compile_op
+from kdagen.target import target
+
+
+def test_the_prepare_kernel_of_three_steps_lowers():
+    kernel = compile_op(CASES["householder"][0], 64).kernels[0]
+    assert "__global__" in adapter.lower(adapter.trace(kernel.text, kernel.name, "<steps>"), target("sm90")).source
