@@ -156,7 +156,10 @@ def _pair(returned, state: Node) -> tuple[Node, Node]:
         if not isinstance(node, Node):
             raise RecurrenceError(f"{what} is a {type(node).__name__}: {how}")
     if not returned[0].holds_state:
-        raise RecurrenceError(f"the first value returned, '{returned[0]}', does not hold the state: {how}")
+        raise RecurrenceError(
+            f"the first value returned, '{returned[0]}', does not hold the state, which is "
+            f"the function's first parameter, '{state}': {how}"
+        )
     return returned
 
 

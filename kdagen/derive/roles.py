@@ -78,6 +78,9 @@ LABELS = {
 ANNOTATIONS = {"": "kg.Scalar", "K": "kg.Channel", "V": "kg.Value"}
 
 
+TWICE = "pass the tensor twice, under two names"
+
+
 @dataclass(frozen=True)
 class Typed:
     """The axes of all nodes, and the arguments."""
@@ -258,10 +261,16 @@ class _Inference:
                 "or q @ S for a read"
             )
         if node.op == "outer":
-            return "kg.outer takes a key vector, then a value vector (or two key vectors: a K x K operator)"
+            return (
+                "kg.outer takes a key vector, then a value vector (or two key vectors: a K x K operator). An argument "
+                f"has one axis, even where K = V: {TWICE}"
+            )
         if node.op == "diag":
             return "kg.diag takes a key vector; a scalar multiplies the state directly"
-        return "Operands have the same axis, or one of them is a scalar; an annotation settles what an argument is"
+        return (
+            "Operands have the same axis, or one of them is a scalar; an annotation settles what an argument is, and "
+            f"for both key and value {TWICE}"
+        )
 
 
 def _allowed(node: Node):

@@ -444,6 +444,20 @@ def test_operands_of_two_axes():
     refused(bad, "axes do not fit in 'k * v'", "Operands have the same axis, or one of them is a scalar")
 
 
+def test_an_argument_as_key_and_value():
+    def bad(S, q, k):
+        return S + kg.outer(k, k), S.T @ q
+
+    refused(bad, "axes do not fit in 'outer(k, k)'", "one axis, even where K = V: pass the tensor twice")
+
+
+def test_a_key_taken_from_a_value():
+    def bad(S, q, k, v, eta):
+        return S - kg.outer(k, eta * (S.T @ k - (v - k))), S.T @ q
+
+    refused(bad, "axes do not fit in", "for both key and value pass the tensor twice, under two names")
+
+
 def test_unused_argument():
     def bad(S, q, k, v, beta):
         return S + kg.outer(k, v), S.T @ q
