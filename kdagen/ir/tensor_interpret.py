@@ -30,6 +30,7 @@ from kdagen.ir.tensor import (
     writes,
 )
 from kdagen.ir.torch_expression import SAME_INDEX, compiled
+from kdagen.ir.triangular_inverse import inverse
 
 SPAN_ELEMENTS = 1 << 19  # of one K- or V-wide value of a span: a few values fill the cache that a core has
 
@@ -93,10 +94,10 @@ class Interpreter:
         self.start, self.end, self.n = start, end, -(-(end - start) // self.chunk)
         self.env, self.targets, self.spans, self.tree_ends = {}, {}, {}, {}
         self.do(self.program.prepare)
-        prepared = {v.name: self.env[v.name] for op in self.steps for v in reads(op) if v.name in self.env}
+        prepared = {v.name: self.env[v.name].split(1) for op in self.steps for v in reads(op) if v.name in self.env}
         self.targets = dict.fromkeys(self.in_place, state)
         for i in range(self.n):
-            self.env = {name: x[i : i + 1] for name, x in prepared.items()} | {self.program.state.name: state}
+            self.env = {name: x[i] for name, x in prepared.items()} | {self.program.state.name: state}
             self.do(self.steps)
             here = slice(start + i * self.chunk, min(end, start + (i + 1) * self.chunk))
             o = self.env[self.program.out.name][0].transpose(1, 2)
@@ -204,11 +205,7 @@ class Interpreter:
                 rows.copy_(self.env[part.name])
 
     def solve(self, op: SolveTril) -> None:
-        import torch
-
-        a = torch.neg(self.env[op.a.name], out=self.target(op.out))
-        eye = self.eye(a.shape[-1]).expand_as(a)
-        self.env[op.out.name] = torch.linalg.solve_triangular(a, eye, upper=False, unitriangular=True)
+        self.env[op.out.name] = inverse(self.env[op.a.name], self.target(op.out, zero=True), self.arena)
 
     def matmul(self, op: MatMul) -> None:
         out, add = self.target(op.out), self.env[op.add.name] if op.add else None

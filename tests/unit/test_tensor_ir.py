@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kdagen import zoo
 from kdagen.derive.canonical import canonical
 from kdagen.derive.chunk import chunk_form
-from kdagen.ir.tensor_interpret import Interpreter, carried, interpret
+from kdagen.ir.tensor_interpret import Arena, Interpreter, carried, interpret
+from kdagen.ir.triangular_inverse import inverse
 from kdagen.reference import recurrence_reference
 from kdagen.zoo.inputs import GATES
 
@@ -177,3 +178,13 @@ def test_strided_inputs_and_inputs_left_as_they_were():
     assert torch.equal(o, interpret(program, tensors, state, 16)[0])
     assert all(torch.equal(x, before[n]) for n, x in (strided | {"state": state}).items())
     assert final.data_ptr() != state.data_ptr()
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 32, 48, 64, 128])
+def test_triangular_inverse(n):
+    a = torch.randn(3, 2, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).tril(-1) / 4
+    arena = Arena(a.new_empty(0))
+    got = inverse(a, torch.zeros_like(a), arena)
+    eye = torch.eye(n, dtype=a.dtype)
+    assert off(got @ (eye - a), eye.expand_as(a)) <= 1e-12
+    assert torch.equal(got, got.tril())
