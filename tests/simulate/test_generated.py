@@ -96,7 +96,7 @@ def test_split_output_and_every_chunk_size(name, chunk_size):
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("chunk_size", [16, 32, 64])
 def test_tree_at_every_chunk_size(chunk_size, gate):
-    check(zoo.get("dplr"), gate, schedule={"chunk_size": chunk_size, "prepare_threads": 128})
+    check(zoo.get("dplr"), gate, schedule={"chunk_size": chunk_size})
 
 
 def test_several_sequences_and_heads_do_not_mix():
