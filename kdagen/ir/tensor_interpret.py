@@ -32,7 +32,7 @@ from kdagen.ir.tensor import (
 from kdagen.ir.torch_expression import SAME_INDEX, compiled
 from kdagen.ir.triangular_inverse import inverse
 
-SPAN_ELEMENTS = 1 << 20  # of one K- or V-wide value of a span: a few values fill the cache that a core has
+SPAN_ELEMENTS = 1 << 19  # of one K- or V-wide value of a span: a few values fill the cache that a core has
 
 
 class Arena:
