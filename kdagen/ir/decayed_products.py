@@ -22,7 +22,7 @@ class Tree:
         import torch
 
         self.size, self.arena = 1, arena
-        self.total = torch.exp(g, out=arena.take("tree decay 1", g.shape))  # of each whole block
+        self.total = exp(g, arena.take("tree decay 1", g.shape))  # of each whole block
         self.rows, self.cols = (
             arena.take(name, (*g.shape[:-1], len(x), g.shape[-1]))
             for name, x in (("tree rows", readers), ("tree cols", writers))
@@ -72,10 +72,8 @@ class Spans:
     """
 
     def __init__(self, g, arena):
-        import torch
-
         self.size = 1
-        self.through = torch.exp(g, out=arena.take("spans through", g.shape))
+        self.through = exp(g, arena.take("spans through", g.shape))
         self.rest = arena.take("spans rest", g.shape).fill_(1)
 
     def double(self) -> None:
@@ -142,6 +140,11 @@ def _decay_matrices(op: Gram, spans: Spans, shape, arena) -> list:
         torch.mul(through, rest.mT, out=below(matrix, spans.size))
         spans.double()
     return [matrix if after else shifted(matrix) for after in op.after]
+
+
+def exp(x, out):
+    """exp(x) into `out`; copied first: torch exponentiates strided tensors row by row, up to 5x slower."""
+    return out.copy_(x).exp_()
 
 
 def below(matrix, size: int):
