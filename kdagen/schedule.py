@@ -54,13 +54,36 @@ class Schedule:
             raise ScheduleError(
                 f"unknown schedule field {', '.join(unknown)}: expected some of {', '.join(sorted(names))}"
             )
-        if "decay" in choices:
-            choices["decay"] = _decay_form(choices["decay"])
+        for field, kind in (("decay", DecayForm), ("keep", Keep)):
+            if field in choices:
+                choices[field] = _member(kind, field, choices[field])
         return dataclasses.replace(self, **choices)
 
 
-def _decay_form(name: str) -> DecayForm:
+class Keep(str, Enum):
+    """What a forward in training leaves for its backward, beside its arguments."""
+
+    INPUTS = "inputs"  # nothing: the backward computes everything again
+    STATES = "states"  # the state before each chunk
+    ALL = "all"  # these, and all that prepare made
+
+
+@dataclass(frozen=True)
+class TrainingSchedule(Schedule):
+    """How the kernels of an op in training are laid out: the forward that a backward follows, and the backward.
+
+    The backward is a reverse scan, which leaves the state's cotangent at the end of each segment of chunks, and then a
+    kernel whose blocks take a segment each, from its last chunk to its first, and write the gradients.
+    """
+
+    keep: Keep = Keep.STATES
+    segment: int = 8  # chunks that a block of the gradients kernel takes
+    gradient_threads: int = 256
+    gradients_skeleton: str = "gradients"
+
+
+def _member(kind: type[Enum], field: str, name: str) -> Enum:
     try:
-        return DecayForm(name)
+        return kind(name)
     except ValueError:
-        raise ScheduleError(f"decay '{name}': expected one of {', '.join(f.value for f in DecayForm)}") from None
+        raise ScheduleError(f"{field} '{name}': expected one of {', '.join(m.value for m in kind)}") from None

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 class TensorSpec:
     """A global tensor of a kernel.
 
-    `shape` holds ints and the symbols "B", "T", "H", "NC" (chunks: ceil(T / chunk_size)).
+    `shape` holds ints and the symbols "B", "T", "H", "NC" (chunks: ceil(T / chunk_size)) and, in training, "NE" (ends
+    of segments: ceil(NC / segment) + 1).
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str  # "bfloat16", "float16", "float32"
-    role: str  # "argument", "initial_state", "workspace", "out", "final_state"
+    # "argument", "initial_state", "workspace", "out", "final_state"; in training also "d_out", "d_final_state" (given),
+    # "d_initial_state", "gradient" (of the argument of that name), "partial_gradient" (a chunk's, to be summed)
+    role: str
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class OpSource:
     target: str
     arguments: tuple[str, ...] = ()  # names in the order in which the op takes them; those of `kernels` if empty
     recurrence: dict | None = None  # what it computes, as kdagen.runtime.signature.describe writes it
+    passes: dict | None = None  # in training: the names of the kernels of "forward" and "backward", in launch order
+    kept: tuple[str, ...] = ()  # in training: the workspaces that the forward leaves for the backward
 
     def plan(self) -> dict:
         """JSON-able launch plan: tensors once each, kernels with their parameter names."""
@@ -66,6 +71,8 @@ class OpSource:
                     "target": self.target,
                     "arguments": arguments,
                     "recurrence": self.recurrence,
+                    "passes": self.passes or {"forward": [k.name for k in self.kernels]},
+                    "kept": self.kept,
                     "tensors": tensors,
                     "kernels": kernels,
                 }

@@ -15,7 +15,7 @@ from kdagen.errors import ScheduleError
 from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map, RowSum, Statement, Wait, base
 from kdagen.ir.tile_cost import bytes_a_token
 
-SYMBOLS = {"B": "B", "H": "H", "T": "tokens", "NC": "NC"}
+SYMBOLS = {"B": "B", "H": "H", "T": "tokens", "NC": "NC", "NE": "NE"}
 
 
 @cache

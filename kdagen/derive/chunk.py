@@ -26,6 +26,7 @@ from kdagen.ir.tensor import (
     Program,
     SolveTril,
     Span,
+    Term,
     Value,
 )
 
@@ -200,7 +201,7 @@ class _ChunkForm:
         self.known = [p.token(f"y{self.suffix(i)}", r.scale * r.y, "V") for i in self.others for r in (self.reader(i),)]
         solved = self.solve() if self.solving else []
         self.values = [op.out for op in solved[-1:]] + self.known
-        products = tuple((x, v, True) for x, v in zip(self.write_operands(), self.values, strict=True))
+        products = tuple(Term(x, v, True) for x, v in zip(self.write_operands(), self.values, strict=True))
         decay, kept, eq = self.decay(Span.ALL), STATE, "S' = S"
         if decay is not None:
             operands = ((decay, indices(decay)), (STATE, indices(STATE)))
@@ -222,17 +223,17 @@ class _ChunkForm:
         right = ops[-1].out if ops else y
         return [
             *ops,
-            MatMul(Value("P", (self.rows, "V")), ((inverse, right, False),), None, f"P = {inverse.name} {right.name}"),
+            MatMul(Value("P", (self.rows, "V")), (Term(inverse, right),), None, f"P = {inverse.name} {right.name}"),
         ]
 
-    def seen(self) -> tuple[tuple[Value, Value, bool], ...]:
+    def seen(self) -> tuple[Term, ...]:
         """Products by which the solving streams see the state, and the streams known beforehand."""
         found = []
         if any(self.reader(r).reads for r in self.solving):
             operands = [[self.read_operand(f"Z{self.suffix(r)}", r)] for r in self.solving]
-            found.append((self.stack("Z", operands), STATE, False))
+            found.append(Term(self.stack("Z", operands), STATE))
         for s, y in zip(self.others, self.known, strict=True):
-            found.append((self.stack(f"L{self.suffix(s)}", [[self.block(r, s)] for r in self.solving]), y, False))
+            found.append(Term(self.stack(f"L{self.suffix(s)}", [[self.block(r, s)] for r in self.solving]), y))
         return tuple(found)
 
     def stacked_y(self) -> Value | None:
@@ -259,12 +260,12 @@ class _ChunkForm:
         """O = Q S + A P + A_n Y_n + skip."""
         p, reader, operands = self.prepare, self.canonical.output, []
         if reader.reads:
-            operands.append((self.read_operand("Q", -1), STATE, False))
+            operands.append(Term(self.read_operand("Q", -1), STATE))
         if self.solving:
             operands.append(
-                (self.stack("A", [[self.block(-1, s, reader.scale) for s in self.solving]]), self.values[0], False)
+                Term(self.stack("A", [[self.block(-1, s, reader.scale) for s in self.solving]]), self.values[0])
             )
-        operands += [(self.block(-1, s, reader.scale), v, False) for s, v in zip(self.others, self.known, strict=True)]
+        operands += [Term(self.block(-1, s, reader.scale), v) for s, v in zip(self.others, self.known, strict=True)]
         skip = None if reader.y == 0 or self.passed else p.token("y_o", reader.scale * reader.y, "V")
         eq = "O = " + _sum_of_products(operands) + (f" + {skip.name}" if skip else "")
         return (MatMul(Value("O", ("C", "V")), tuple(operands), skip, eq),)
@@ -278,8 +279,8 @@ DECAY_NAMES = {
 }
 
 
-def _sum_of_products(terms: Iterable[tuple[Value, Value, bool]]) -> str:
-    return " + ".join(f"{a.name}{'^T' if transposed else ''} {b.name}" for a, b, transposed in terms)
+def _sum_of_products(terms: Iterable[Term]) -> str:
+    return " + ".join(map(str, terms))
 
 
 def _used_arguments(canonical: Canonical) -> list[Argument]:

@@ -1,7 +1,7 @@
 """The functions that appear in kdagen's expressions beside sympy's own.
 
 Expressions are built from symbols, numbers, +, *, ** and: exp, log, tanh, Abs, sign, Max, Min, Heaviside (sympy's),
-sigmoid, softplus and ChannelSum (here). Every backend maps exactly these.
+sigmoid, softplus, inverse_or_zero and ChannelSum (here). Every backend maps exactly these.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ class softplus(sympy.Function):
 
     def _eval_is_positive(self):
         return True
+
+
+class inverse_or_zero(sympy.Function):
+    """1 / x, and 0 at x = 0."""
+
+    nargs = 1
 
 
 class ChannelSum(sympy.Function):

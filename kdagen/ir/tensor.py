@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import sympy
 
@@ -65,6 +66,15 @@ class RowSum:
     eq: str = ""
 
 
+@dataclass(frozen=True)
+class ColSum:
+    """out[j] = sum over the first dim of a[:, j]; out has no dims where a has one."""
+
+    out: Value
+    a: Value
+    eq: str = ""
+
+
 class Span(str, Enum):
     """Which tokens' log decays a Decay accumulates, for row i of a chunk (or for all of it)."""
 
@@ -80,6 +90,19 @@ class Decay:
 
     out: Value
     g: Value
+    span: Span
+    eq: str = ""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """out[t] = sum of a[i] over the rows i whose `span` holds token t: adjoint to the sums of a Decay.
+
+    THROUGH: rows i >= t. BEFORE: i > t. REST: i < t. Formed from such sums, never as a difference.
+    """
+
+    out: Value
+    a: Value
     span: Span
     eq: str = ""
 
@@ -102,11 +125,38 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class GramAdjoint:
+    """The cotangents of a Gram's operands, from those of its matrices (None: not read by anything).
+
+    With W[i, j] the decay from j to i, masked as the Gram is, and d = d_outs:
+    d_readers[r][i, k] = sum_s sum_j d[r][s][i, j] writers[s][j, k] W_ijk      d_writers likewise, over r and i
+    d_g[t, k] = sum over the pairs i, j whose decay runs over token t of the terms d[r][s][i, j] z_ik x_jk W_ijk,
+    summed over channels where g is one rate a head. Entries of d_outs that the Gram leaves zero may hold anything.
+    """
+
+    gram: Gram
+    d_outs: tuple[tuple[Value | None, ...], ...]
+    d_readers: tuple[Value, ...]
+    d_writers: tuple[Value, ...]
+    d_g: Value | None  # None where the Gram has no decay
+    eq: str = ""
+
+
+@dataclass(frozen=True)
 class Interleave:
     """out: rows of the parts interleaved token by token. A table of C x C parts gives an (rC, sC) matrix."""
 
     out: Value
     parts: tuple[tuple[Value, ...], ...]  # table; a K or V or vector operand has one column
+    eq: str = ""
+
+
+@dataclass(frozen=True)
+class Deinterleave:
+    """outs[r][s]: the part of stream r's rows (and s's columns, of a square matrix) of `a`: undoes Interleave."""
+
+    outs: tuple[tuple[Value, ...], ...]
+    a: Value
     eq: str = ""
 
 
@@ -119,17 +169,29 @@ class SolveTril:
     eq: str = ""
 
 
+class Term(NamedTuple):
+    """A product of a MatMul."""
+
+    a: Value
+    b: Value
+    transpose_a: bool = False
+    transpose_b: bool = False
+
+    def __str__(self):
+        return f"{self.a.name}{'^T' * self.transpose_a} {self.b.name}{'^T' * self.transpose_b}"
+
+
 @dataclass(frozen=True)
 class MatMul:
-    """out = add + sum of products; each term is (a, b, transpose_a)."""
+    """out = add + sum of products."""
 
     out: Value
-    terms: tuple[tuple[Value, Value, bool], ...]
+    terms: tuple[Term, ...]
     add: Value | None = None
     eq: str = ""
 
 
-Op = Load | Map | RowSum | Decay | Gram | Interleave | SolveTril | MatMul
+Op = Load | Map | RowSum | ColSum | Decay | Spread | Gram | GramAdjoint | Interleave | Deinterleave | SolveTril | MatMul
 
 
 def reads(op: Op) -> tuple[Value, ...]:
@@ -137,22 +199,29 @@ def reads(op: Op) -> tuple[Value, ...]:
     match op:
         case Map():
             return tuple(v for v, _ in op.operands)
-        case RowSum() | SolveTril():
+        case RowSum() | ColSum() | Spread() | Deinterleave() | SolveTril():
             return (op.a,)
         case Decay():
             return (op.g,)
+        case GramAdjoint():
+            return (*reads(op.gram), *(v for row in op.d_outs for v in row if v))
         case Gram():
             return (*op.readers, *op.writers, *((op.g,) if op.g else ()))
         case Interleave():
             return tuple(v for row in op.parts for v in row)
         case MatMul():
-            return (*(v for a, b, _ in op.terms for v in (a, b)), *((op.add,) if op.add else ()))
+            return (*(v for term in op.terms for v in term[:2]), *((op.add,) if op.add else ()))
     return ()
 
 
 def writes(op: Op) -> tuple[Value, ...]:
     """The values that an op makes."""
-    return tuple(v for row in op.outs for v in row) if isinstance(op, Gram) else (op.out,)
+    match op:
+        case Gram() | Deinterleave():
+            return tuple(v for row in op.outs for v in row)
+        case GramAdjoint():
+            return (*op.d_readers, *op.d_writers, *((op.d_g,) if op.d_g else ()))
+    return (op.out,)
 
 
 @dataclass(frozen=True)
@@ -170,3 +239,24 @@ class Program:
     state: Value
     next_state: Value
     out: Value
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """The backward of a chunk form: the cotangents (d_ and a name) of what a chunk was given, from its results'.
+
+    `reverse` maps `d_next_state`, chunk after chunk from the last, to `d_state`, the cotangent of the state before the
+    chunk: it reads `d_out` and prepared values, neither the state nor the forward's own V-wide values. `gradients`
+    holds all else, and any order of chunks will do: it reads, beside these, the chunk's incoming state, the values of
+    `recompute` (the forward's prepare and those ops of its scan that are needed, the next state not among them) and
+    those of `reverse`.
+    """
+
+    forward: Program
+    recompute: tuple[Op, ...]
+    reverse: tuple[Op, ...]
+    gradients: tuple[Op, ...]
+    d_out: Value
+    d_next_state: Value
+    d_state: Value
+    results: tuple[tuple[Argument, Value], ...]  # of each argument; of a head's parameter what one chunk contributes

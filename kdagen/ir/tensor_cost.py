@@ -89,7 +89,8 @@ def products(op: Op) -> sympy.Expr:
         return 2 * C**2 * K * len(op.readers) * len(op.writers)
     if not isinstance(op, MatMul):
         return sympy.S.Zero
-    return sum((2 * size(a) * size(b) / size(Value("", b.dims[:1])) for a, b, _ in op.terms), sympy.S.Zero)
+    inner = (Value("", (t.a.dims[0 if t.transpose_a else 1],)) for t in op.terms)
+    return sum((2 * size(op.out) * size(k) for k in inner), sympy.S.Zero)
 
 
 def solve(op: Op) -> sympy.Expr:

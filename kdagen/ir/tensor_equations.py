@@ -100,7 +100,10 @@ class Plain:
 
     def products(self, op: MatMul) -> list[str]:
         """The products of a MatMul, one by one."""
-        return [f"{self.transposed(self.name(a)) if t else self.name(a)} {self.name(b)}" for a, b, t in op.terms]
+        return [f"{self.factor(t.a, t.transpose_a)} {self.factor(t.b, t.transpose_b)}" for t in op.terms]
+
+    def factor(self, value: Value, transposed: bool) -> str:
+        return self.transposed(self.name(value)) if transposed else self.name(value)
 
 
 class Latex(Plain):

@@ -209,9 +209,9 @@ class Interpreter:
 
     def matmul(self, op: MatMul) -> None:
         out, add = self.target(op.out), self.env[op.add.name] if op.add else None
-        for a, b, transposed in op.terms:
-            a = self.env[a.name]
-            add = product(a.mT if transposed else a, self.env[b.name], add, out)
+        for term in op.terms:
+            a, b = self.env[term.a.name], self.env[term.b.name]
+            add = product(a.mT if term.transpose_a else a, b.mT if term.transpose_b else b, add, out)
         self.env[op.out.name] = out
 
 

@@ -56,7 +56,7 @@ def _right(op: Op) -> str:
         case Interleave():
             return "interleave " + "; ".join(", ".join(v.name for v in row) for row in op.parts)
         case MatMul():
-            products = [f"{a.name}{'^T' if t else ''} @ {b.name}" for a, b, t in op.terms]
+            products = [f"{a.name}{'^T' * ta} @ {b.name}{'^T' * tb}" for a, b, ta, tb in op.terms]
             return " + ".join([*([op.add.name] if op.add else []), *products])
         case RowSum() | SolveTril():
             return f"{'row sums' if isinstance(op, RowSum) else 'solve_tril'} of {reads(op)[0].name}"

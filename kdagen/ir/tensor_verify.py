@@ -8,8 +8,12 @@ import sympy
 
 from kdagen.errors import KdagenError
 from kdagen.ir.tensor import (
+    Adjoint,
+    ColSum,
     Decay,
+    Deinterleave,
     Gram,
+    GramAdjoint,
     Interleave,
     Load,
     Map,
@@ -19,6 +23,7 @@ from kdagen.ir.tensor import (
     RowSum,
     SolveTril,
     Span,
+    Spread,
     Value,
     reads,
     writes,
@@ -46,6 +51,25 @@ def verify(program: Program) -> Program:
     if program.next_state.dims != program.state.dims:
         _fail(f"the next state is {_typed(program.next_state)}", f"expected the dims of {_typed(program.state)}")
     return program
+
+
+def verify_adjoint(adjoint: Adjoint) -> Adjoint:
+    """The adjoint itself, if legal: the scan's part reads no state and no other part of the backward."""
+    program, known = adjoint.forward, {}
+    given = (program.state, adjoint.d_out, adjoint.d_next_state)
+    known |= {v.name: v for v in given}
+    for op in adjoint.recompute:
+        _check(op, known)
+    state = f"the reverse scan must not read the state '{program.state.name}'"
+    for op in adjoint.reverse:
+        _no_prepare_op(op)
+        _check(op, known, state, {program.state.name})
+    for op in adjoint.gradients:
+        _check(op, known)
+    for argument, value in adjoint.results:
+        if value is not None and known.get(value.name) != value:
+            _fail(f"the gradient of {argument.name} is '{value.name}'", "expected a value that is made")
+    return adjoint
 
 
 def _fail(written: str, expected: str):
@@ -109,6 +133,17 @@ def _row_sum(op: RowSum) -> None:
     _dims(op, op.out, *op.a.dims[:-1])
 
 
+def _col_sum(op: ColSum) -> None:
+    _dims(op, op.out, *op.a.dims[1:])
+
+
+def _spread(op: Spread) -> None:
+    _gate(op, op.a)
+    _dims(op, op.out, *op.a.dims)
+    if op.span == Span.ALL:
+        _fail(f"{_named(op)} spreads over the whole chunk", "expected a span that depends on the row")
+
+
 def _decay(op: Decay) -> None:
     _gate(op, op.g)
     _dims(op, op.out, *(op.g.dims[1:] if op.span == Span.ALL else op.g.dims))
@@ -136,6 +171,26 @@ def _gram(op: Gram) -> None:
         _fail(f"{_named(op)} has {len(op.after)} flags 'after'", f"expected one for each of {len(op.readers)} readers")
 
 
+def _gram_adjoint(op: GramAdjoint) -> None:
+    gram = op.gram
+    for given, wanted in ((op.d_readers, gram.readers), (op.d_writers, gram.writers)):
+        if len(given) != len(wanted):
+            _fail(f"{_named(op)} has {len(given)} cotangents", f"expected one for each of {len(wanted)} operands")
+        for d, value in zip(given, wanted, strict=True):
+            _dims(op, d, *value.dims)
+    for row in op.d_outs:
+        for d in filter(None, row):
+            _dims(op, d, "C", "C")
+    if (op.d_g is None) != (gram.g is None):
+        _fail(f"{_named(op)} has d_g {op.d_g}", "expected a cotangent of the log decay where there is one")
+    if op.d_g:
+        _dims(op, op.d_g, *gram.g.dims)
+
+
+def _deinterleave(op: Deinterleave) -> None:
+    _interleave(Interleave(op.a, op.outs))
+
+
 def _interleave(op: Interleave) -> None:
     if len({len(row) for row in op.parts}) != 1:
         _fail(f"{_named(op)} has rows of unequal length", "expected a full table of parts")
@@ -160,18 +215,20 @@ def _solve(op: SolveTril) -> None:
 def _matmul(op: MatMul) -> None:
     if not op.terms:
         _fail(f"{_named(op)} has no product", "expected at least one term")
-    for a, b, transposed in op.terms:
+    for a, b, transpose_a, transpose_b in op.terms:
         if len(a.dims) != 2 or len(b.dims) != 2:
             _fail(f"{_named(op)} multiplies {_typed(a)} by {_typed(b)}", "expected two matrices")
-        rows, inner = reversed(a.dims) if transposed else a.dims
-        if inner != b.dims[0] or (rows, b.dims[1]) != op.out.dims:
-            left = f"{_typed(a)}{'^T' if transposed else ''}"
-            _fail(f"{_named(op)} multiplies {left} by {_typed(b)}", f"expected a product with dims of {_typed(op.out)}")
+        rows, inner = reversed(a.dims) if transpose_a else a.dims
+        same, cols = reversed(b.dims) if transpose_b else b.dims
+        if inner != same or (rows, cols) != op.out.dims:
+            left, right = f"{_typed(a)}{'^T' * transpose_a}", f"{_typed(b)}{'^T' * transpose_b}"
+            _fail(f"{_named(op)} multiplies {left} by {right}", f"expected a product with dims of {_typed(op.out)}")
     if op.add is not None:
         _dims(op, op.add, *op.out.dims)
 
 
 RULES = {
-    Load: _load, Map: _map, RowSum: _row_sum, Decay: _decay, Gram: _gram,
-    Interleave: _interleave, SolveTril: _solve, MatMul: _matmul,
+    Load: _load, Map: _map, RowSum: _row_sum, ColSum: _col_sum, Decay: _decay, Spread: _spread, Gram: _gram,
+    GramAdjoint: _gram_adjoint, Interleave: _interleave, Deinterleave: _deinterleave, SolveTril: _solve,
+    MatMul: _matmul,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import sympy
 
 from kdagen.errors import RecurrenceError
-from kdagen.ir.functions import sigmoid, softplus
+from kdagen.ir.functions import inverse_or_zero, sigmoid, softplus
 
 Compiled = Callable[..., object]  # (env: symbol -> tensor, out: tensor or None) -> tensor
 SAME_INDEX = sympy.Symbol("same_index")  # stands for KroneckerDelta(i, j): env gives the identity matrix
@@ -76,7 +76,11 @@ def _functions() -> dict:
     def step(x, at_zero, out=None):
         return torch.heaviside(x, at_zero.to(x.dtype), out=out)
 
+    def inverse(x, out=None):
+        return torch.where(x == 0, x, torch.reciprocal(x), out=out)
+
     return {
+        inverse_or_zero: inverse,
         sympy.Add: torch.add,
         sympy.Mul: torch.mul,
         sympy.Pow: torch.pow,

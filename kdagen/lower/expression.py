@@ -17,6 +17,9 @@ FUNCTIONS = {
     "Abs": "T.abs({0})",
     "sigmoid": "(1.0 / (1.0 + T.exp(-({0}))))",
     "softplus": "(T.max({0}, 0.0) + T.log(1.0 + T.exp(-T.abs({0}))))",
+    "inverse_or_zero": "T.if_then_else({0} == 0.0, 0.0, 1.0 / ({0}))",
+    "sign": "T.if_then_else({0} > 0.0, 1.0, T.if_then_else({0} < 0.0, -1.0, 0.0))",
+    "Heaviside": "T.if_then_else({0} > 0.0, 1.0, T.if_then_else({0} < 0.0, 0.0, {1}))",
     "Max": "T.max({0}, {1})",
     "Min": "T.min({0}, {1})",
 }

@@ -276,11 +276,10 @@ class Prepare:
     def matmul(self, op: MatMul) -> None:
         m, n = (self.workspace.size(d) for d in op.out.dims)
         acc = self.block.fragment(f"{op.out.name}_acc", m, n)
-        for step, (a, b, transpose) in enumerate(op.terms):
-            k = self.workspace.size(a.dims[0 if transpose else 1])
-            self.block.add(
-                Gemm(acc, self.stored(a), self.stored(b), (m, n, k), trans_a=transpose, clear=step == 0, eq=op.eq)
-            )
+        for step, (a, b, trans_a, trans_b) in enumerate(op.terms):
+            k = self.workspace.size(a.dims[0 if trans_a else 1])
+            operands = self.stored(a), self.stored(b)
+            self.block.add(Gemm(acc, *operands, (m, n, k), trans_a, trans_b, clear=step == 0, eq=op.eq))
         result = self.block.shared(op.out.name, m, n)
         self.block.add(Copy(result, acc))
         self.define(op.out, element(result))

@@ -53,13 +53,13 @@ class Step:
         op = self.products.get(value.name)
         if op is None or value.name in self.given:
             return 0
-        return 1 + max(self.level(b) for _, b, _ in op.terms)
+        return 1 + max(self.level(term.b) for term in op.terms)
 
     def terms(self) -> list[Term]:
         """All products, ordered by how early their operand is ready; at equal level the state's update comes last."""
         found = []
         for op in self.products.values():
-            for a, b, transpose in op.terms:
+            for a, b, transpose, _ in op.terms:
                 found.append(Term(op, a, transpose, b, self.level(b)))
                 inner = self.products.get(b.name)
                 if inner and inner.add and b.name not in self.given:  # a (b + add) = a b + a add

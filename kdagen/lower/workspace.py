@@ -106,7 +106,7 @@ def operands(op) -> list[Value]:
     if isinstance(op, Map):
         return [v for v, _ in op.operands]
     assert isinstance(op, MatMul), op
-    return [v for a, b, _ in op.terms for v in (a, b)] + ([op.add] if op.add else [])
+    return [v for term in op.terms for v in term[:2]] + ([op.add] if op.add else [])
 
 
 def _outs(op) -> list[Value]:

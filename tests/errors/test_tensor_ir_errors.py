@@ -9,7 +9,7 @@ from kdagen import zoo
 from kdagen.derive.canonical import canonical
 from kdagen.derive.chunk import chunk_form
 from kdagen.errors import ArgumentError, KdagenError, RecurrenceError
-from kdagen.ir.tensor import Decay, Gram, Interleave, Load, Map, MatMul, RowSum, SolveTril, Span, Value, writes
+from kdagen.ir.tensor import Decay, Gram, Interleave, Load, Map, MatMul, RowSum, SolveTril, Span, Term, Value, writes
 from kdagen.ir.tensor_interpret import interpret
 from kdagen.ir.tensor_verify import verify
 from kdagen.ir.torch_expression import compiled
@@ -41,7 +41,7 @@ CASES = [
     (appended(BY_NAME["T"]), "SolveTril of T makes 'T' again: expected a name that is assigned once"),
     (appended(SolveTril(Value("T2", ("C", "C")), value("A")), "scan"),
      "outside prepare: expected scan and output to hold"),
-    (appended(MatMul(Value("O2", ("C", "V")), ((value("Q"), P.next_state, False),)), "output"),
+    (appended(MatMul(Value("O2", ("C", "V")), (Term(value("Q"), P.next_state),)), "output"),
      "output must not read the next state 'S_next'"),
     (dataclasses.replace(P, output=()), "'O' is never made: expected an op that makes O"),
     (dataclasses.replace(P, next_state=value("R")), r"the next state is R\[C, V\]: expected the dims of S\[K, V\]"),
@@ -65,9 +65,9 @@ CASES = [
      r"has I\[C, K\]: expected dims \(2C, K\)"),
     (appended(SolveTril(ODD, value("k"))), r"solves k\[C, K\]: expected a square matrix of rows by rows"),
     (appended(MatMul(ODD, ())), "MatMul of odd has no product: expected at least one term"),
-    (appended(MatMul(ODD, ((value("beta"), value("k"), False),))),
+    (appended(MatMul(ODD, (Term(value("beta"), value("k")),))),
      r"multiplies beta\[C\] by k\[C, K\]: expected two matrices"),
-    (appended(MatMul(ODD, ((value("k"), value("q"), True),))),
+    (appended(MatMul(ODD, (Term(value("k"), value("q"), True),))),
      r"multiplies k\[C, K\]\^T by q\[C, K\]: expected a product"),
     (changed("R", add=value("k")), r"MatMul of R has k\[C, K\]: expected dims \(C, V\)"),
 ]  # fmt: skip

@@ -94,7 +94,7 @@ def test_streams_known_beforehand_enter_no_solve():
     assert of_kind(p, SolveTril)[0].a.dims == ("C", "C")
     assert not any(isinstance(op, MatMul) for op in p.prepare)
     (r,) = [op for op in p.scan if op.out.name == "R"]
-    assert [(a.name, b.name) for a, b, _ in r.terms] == [("Z", "S"), ("L_n", "v")]
+    assert [(a.name, b.name) for a, b, *_ in r.terms] == [("Z", "S"), ("L_n", "v")]
 
 
 def test_an_own_token_coefficient_goes_on_the_diagonal():
