@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,18 @@ from pathlib import Path
 from kdagen.autotune.select import default_schedule
 from kdagen.codegen.source import OpSource
 from kdagen.codegen.tilelang import render
+from kdagen.derive.adjoint import adjoint
 from kdagen.derive.canonical import canonical as derive_canonical
 from kdagen.derive.chunk import chunk_form
 from kdagen.errors import RecurrenceError, ScheduleError
+from kdagen.ir import tile
 from kdagen.ir.canonical import Canonical
-from kdagen.ir.tensor import Program
-from kdagen.ir.tensor_verify import verify
+from kdagen.ir.tensor import Adjoint, Program
+from kdagen.ir.tensor_verify import verify, verify_adjoint
 from kdagen.ir.tile import Kernel
 from kdagen.lower import lower
 from kdagen.runtime.signature import describe
-from kdagen.schedule import DTYPES, Schedule
+from kdagen.schedule import DTYPES, Schedule, TrainingSchedule
 from kdagen.target import target as find_target
 
 
@@ -30,11 +33,17 @@ class Compilation:
     program: Program
     kernels: tuple[Kernel, ...]
     source: OpSource
+    adjoint: Adjoint | None = None  # in training
 
 
 def compile_op(recurrence, *args, **choices) -> OpSource:
     """The generated TileLang modules of a recurrence and their launch plan: see `compile_stages`."""
     return compile_stages(recurrence, *args, **choices).source
+
+
+def compile_training(recurrence, *args, **choices) -> OpSource:
+    """The same for training, the forward and the backward: see `compile_training_stages`."""
+    return compile_training_stages(recurrence, *args, **choices).source
 
 
 def compile_stages(
@@ -61,36 +70,84 @@ def compile_stages(
         RecurrenceError: the recurrence is outside the family.
         ScheduleError, TargetError: the choices do not fit.
     """
-    dims, target = _dims(head_dim), find_target(arch)
-    canonical = derive_canonical(recurrence)  # rank-one streams over one decayed state
-    if not canonical.streams:
-        raise RecurrenceError(
-            f"recurrence '{canonical.name}' writes nothing to its state, so there is nothing for kernels to do: "
-            f"expected a write, such as S + kg.outer(k, v)"
+    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype)
+    schedule = call.schedule(schedule, Schedule, default_schedule)
+    kernels = lower(call.program, call.dims, call.dtypes, dtype, schedule, call.target)  # tile IR
+    return Compilation(call.canonical, call.program, kernels, call.source(kernels, schedule, template_folders))
+
+
+def compile_training_stages(
+    recurrence,
+    head_dim: int | tuple[int, int] = (128, 128),
+    dtype: str = "bfloat16",
+    arch: str = "sm90",
+    schedule: TrainingSchedule | dict | None = None,
+    gate_dtype: str | None = None,
+    template_folders: Sequence[str | Path] = (),
+) -> Compilation:
+    """Derive a recurrence's kernels for training, forward and backward; arguments and errors as `compile_stages` has.
+
+    The source's `passes` name the kernels of each in launch order, `kept` what passes from one to the other.
+    """
+    from kdagen.autotune.select import default_training_schedule
+    from kdagen.lower.training import lower_training
+
+    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype)
+    derived = verify_adjoint(adjoint(call.program))  # tensor IR of a chunk's backward
+    schedule = call.schedule(schedule, TrainingSchedule, default_training_schedule)
+    lowered = lower_training(derived, call.dims, call.dtypes, dtype, schedule, call.target)
+    kernels = tuple({k.name: k for k in lowered.forward + lowered.backward}.values())
+    assert {*lowered.forward, *lowered.backward} == {*kernels}, "two kernels share a name"
+    passes = {which: tuple(k.name for k in getattr(lowered, which)) for which in ("forward", "backward")}
+    source = call.source(kernels, schedule, template_folders)
+    source = dataclasses.replace(source, passes=passes, kept=kept(lowered))
+    return Compilation(call.canonical, call.program, kernels, source, derived)
+
+
+def kept(kernels) -> tuple[str, ...]:
+    """The workspaces that the backward reads and does not make: the forward leaves them."""
+    made, needed = set(), []
+    for kernel in kernels.backward:
+        written = {name for s in kernel.statements for name in tile.writes(s)}
+        needed += [b.name for b in kernel.params if b.role == "workspace" and b.name not in written | made]
+        made |= written
+    return tuple(dict.fromkeys(needed))
+
+
+class _Call:
+    """What both kinds of compilation share: what was asked for, and what follows from it before any schedule."""
+
+    def __init__(self, recurrence, head_dim, dtype: str, arch: str, gate_dtype: str | None):
+        k, v = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim
+        self.recurrence, self.dims, self.dtype, self.target = recurrence, {"K": k, "V": v}, dtype, find_target(arch)
+        self.canonical = canonical = derive_canonical(recurrence)  # rank-one streams over one decayed state
+        if not canonical.streams:
+            raise RecurrenceError(
+                f"recurrence '{canonical.name}' writes nothing to its state, so there is nothing for kernels to do: "
+                f"expected a write, such as S + kg.outer(k, v)"
+            )
+        self.program = verify(chunk_form(canonical))  # tensor IR of a chunk
+        self.dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
+
+    def schedule(self, given, kind: type, default) -> Schedule:
+        if isinstance(given, Schedule):
+            if not isinstance(given, kind):
+                raise ScheduleError(f"a {type(given).__name__} is no choice for training: expected a {kind.__name__}")
+            return given
+        return default(self.canonical, self.dims, self.dtype, self.target, **(given or {}))
+
+    def source(self, kernels: tuple[Kernel, ...], schedule: Schedule, template_folders) -> OpSource:
+        return OpSource(
+            self.canonical.name,
+            tuple(render(kernel, template_folders) for kernel in kernels),  # TileLang
+            schedule.chunk_size,
+            self.dims,
+            self.dtype,
+            schedule.fields(),
+            self.target.name,
+            tuple(a.name for a in self.canonical.arguments),
+            describe(self.recurrence, self.canonical),
         )
-    program = verify(chunk_form(canonical))  # tensor IR of a chunk
-    dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
-    if not isinstance(schedule, Schedule):
-        schedule = default_schedule(canonical, dims, dtype, target, **(schedule or {}))
-    kernels = lower(program, dims, dtypes, dtype, schedule, target)  # tile IR
-    modules = tuple(render(kernel, template_folders) for kernel in kernels)  # TileLang
-    source = OpSource(
-        canonical.name,
-        modules,
-        schedule.chunk_size,
-        dims,
-        dtype,
-        schedule.fields(),
-        target.name,
-        tuple(a.name for a in canonical.arguments),
-        describe(recurrence, canonical),
-    )
-    return Compilation(canonical, program, kernels, source)
-
-
-def _dims(head_dim: int | tuple[int, int]) -> dict[str, int]:
-    k, v = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim
-    return {"K": k, "V": v}
 
 
 def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[str, str]:
@@ -99,6 +156,15 @@ def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[s
         raise ScheduleError(f"dtype '{dtype}' has no kernels: expected {' or '.join(DTYPES)}")
     if gate_dtype not in (*DTYPES, "float32"):
         raise ScheduleError(f"gate_dtype '{gate_dtype}': expected {', '.join(DTYPES)} or float32")
+    gating = gates(canonical)
+    return {
+        a.name: "float32" if not a.per_token else gate_dtype if not a.axis or a.name in gating else dtype
+        for a in canonical.arguments
+    }
+
+
+def gates(canonical: Canonical) -> set[str]:
+    """The arguments that decay the state and are neither keys nor values."""
     vectors = {
         s.name
         for stream in canonical.streams
@@ -106,8 +172,4 @@ def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[s
         for s in e.free_symbols
     }
     vectors |= {s.name for e in (canonical.output.z, canonical.output.y) for s in e.free_symbols}
-    gates = {s.name for s in canonical.decay.free_symbols} - vectors
-    return {
-        a.name: "float32" if not a.per_token else gate_dtype if not a.axis or a.name in gates else dtype
-        for a in canonical.arguments
-    }
+    return {s.name for s in canonical.decay.free_symbols} - vectors

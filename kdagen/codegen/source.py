@@ -6,6 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+GRADIENTS = ("gradient", "partial_gradient")  # roles
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -22,13 +24,18 @@ class TensorSpec:
     # "d_initial_state", "gradient" (of the argument of that name), "partial_gradient" (a chunk's, to be summed)
     role: str
 
+    @property
+    def of(self) -> str:
+        """The argument that this is the gradient of, or a part of it: d_q_out is q's."""
+        return self.name.removeprefix("d_").removesuffix("_out") if self.role in GRADIENTS else ""
+
 
 @dataclass(frozen=True)
 class KernelSource:
     """A generated TileLang module: its function `name` returns the PrimFunc, which takes `params` in order."""
 
     name: str  # "kda_prepare"; also the entry's name
-    family: str  # "prepare", "scan" or "output"
+    family: str  # "prepare", "scan" or "output"; in training also those of kdagen.lower.training
     text: str
     params: tuple[TensorSpec, ...]
     threads: int
@@ -38,7 +45,10 @@ class KernelSource:
 
 @dataclass(frozen=True)
 class OpSource:
-    """The kernels of one op, in launch order, and all that a runtime without a compiler must know."""
+    """The kernels of one op, in launch order, and all that a runtime without a compiler must know.
+
+    In training, `kernels` holds each kernel once, and `passes` says which of them the forward and the backward run.
+    """
 
     name: str  # op name, "kda"
     kernels: tuple[KernelSource, ...]
@@ -52,9 +62,22 @@ class OpSource:
     passes: dict | None = None  # in training: the names of the kernels of "forward" and "backward", in launch order
     kept: tuple[str, ...] = ()  # in training: the workspaces that the forward leaves for the backward
 
+    @property
+    def training(self) -> bool:
+        """Whether these are the kernels of a forward that a backward follows, and that backward's."""
+        return "backward" in (self.passes or {})
+
+    def kernels_of(self, which: str) -> tuple[KernelSource, ...]:
+        """The kernels of the "forward" or the "backward", in launch order."""
+        if self.passes is None:
+            return self.kernels if which == "forward" else ()
+        named = {k.name: k for k in self.kernels}
+        return tuple(named[name] for name in self.passes[which])
+
     def plan(self) -> dict:
         """JSON-able launch plan: tensors once each, kernels with their parameter names."""
-        tensors = {p.name: dataclasses.asdict(p) for k in self.kernels for p in k.params}
+        specs = {p.name: p for k in self.kernels for p in k.params}
+        tensors = {n: dataclasses.asdict(p) | ({"of": p.of} if p.of else {}) for n, p in specs.items()}
         arguments = self.arguments or [t["name"] for t in tensors.values() if t["role"] == "argument"]
         kernels = [
             {"name": k.name, "params": [p.name for p in k.params], "bytes_a_token": k.bytes_a_token}
