@@ -5,7 +5,7 @@ from __future__ import annotations
 from kdagen.ir.canonical import Canonical
 from kdagen.lower.decay import decay_form
 from kdagen.lower.warps import prepare_threads
-from kdagen.schedule import DecayForm, Schedule
+from kdagen.schedule import DecayForm, Schedule, TrainingSchedule
 from kdagen.target import Target
 
 
@@ -27,6 +27,15 @@ def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, tar
         stages=2 if target.bulk_copies else 1,
         scan_skeleton="scan_specialised" if target.warp_specialised else "scan_pipelined",
     ).replace(**choices)
+
+
+def default_training_schedule(
+    canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, **choices
+) -> TrainingSchedule:
+    """The same for an op in training: states are stored once a chunk, so chunks are longer than in inference."""
+    chunk = choices.get("chunk_size") or 32
+    forward = default_schedule(canonical, dims, dtype, target, chunk_size=chunk)
+    return TrainingSchedule(**vars(forward)).replace(**choices)
 
 
 def chunk_size(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> int:

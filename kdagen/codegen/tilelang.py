@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kdagen.codegen.source import KernelSource, TensorSpec
 from kdagen.errors import ScheduleError
-from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map, RowSum, Statement, Wait, base
+from kdagen.ir.tile import Buffer, ColSum, Copy, Gemm, Kernel, Map, RowSum, Statement, Wait, base
 from kdagen.ir.tile_cost import bytes_a_token
 
 SYMBOLS = {"B": "B", "H": "H", "T": "tokens", "NC": "NC", "NE": "NE"}
@@ -84,6 +84,8 @@ def _emit(s: Statement, kernel: Kernel, note: str, name: str, asynchronous: bool
             yield _call("T.copy", s.src, s.dst, note)
         case RowSum():
             yield _call("T.reduce_sum", s.src, s.dst, "dim=1", note)
+        case ColSum():
+            yield _call("T.reduce_sum", s.src, s.dst, "dim=0", note)
         case Gemm():
             flags = [
                 f

@@ -72,6 +72,15 @@ class RowSum:
 
 
 @dataclass(frozen=True)
+class ColSum:
+    """dst[j] = sum_i src[i, j]; both fragments."""
+
+    dst: str
+    src: str
+    eq: str = ""
+
+
+@dataclass(frozen=True)
 class Gemm:
     """acc (+)= op(a) @ op(b), fp32 accumulation; (m, n, k) is the product's size."""
 
@@ -93,7 +102,7 @@ class Wait:
     eq: str = ""
 
 
-Statement = Copy | Map | RowSum | Gemm | Wait
+Statement = Copy | Map | RowSum | ColSum | Gemm | Wait
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ class Kernel:
     after: tuple[Statement, ...] = ()
     doc: tuple[str, ...] = field(default=())
     chunk_size: int = 0
+    segment: int = 1  # chunks that a block of a gradients kernel takes
 
     @property
     def statements(self) -> tuple[Statement, ...]:
@@ -142,7 +152,7 @@ def base(region: str) -> str:
 def texts(statement: Statement) -> Iterator[tuple[str, bool]]:
     """Every expression in a statement, with whether it is written."""
     match statement:
-        case Copy(dst, src) | RowSum(dst, src):
+        case Copy(dst, src) | RowSum(dst, src) | ColSum(dst, src):
             yield from ((src, False), (dst, True))
         case Gemm(acc, a, b):
             yield from ((a, False), (b, False), (acc, True))
@@ -157,7 +167,7 @@ def texts(statement: Statement) -> Iterator[tuple[str, bool]]:
 def reads(statement: Statement) -> set[str]:
     """Names of the buffers that a statement reads."""
     used = {name for text, written in texts(statement) for name, _ in subscripts(text) if not written}
-    if isinstance(statement, Copy | RowSum | Gemm):
+    if isinstance(statement, Copy | RowSum | ColSum | Gemm):
         used |= {base(text) for text, written in texts(statement) if not written}
     if isinstance(statement, Gemm) and not statement.clear:
         used.add(statement.acc)
@@ -227,6 +237,8 @@ def _line(s: Statement) -> str:
             text = f"{s.dst} = {s.src}"
         case RowSum():
             text = f"{s.dst} = rowsum({s.src})"
+        case ColSum():
+            text = f"{s.dst} = colsum({s.src})"
         case Gemm():
             a, b = s.a + ".T" * s.trans_a, s.b + ".T" * s.trans_b
             text = f"{s.acc} {'=' if s.clear else '+='} {a} @ {b}"

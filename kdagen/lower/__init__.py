@@ -26,19 +26,18 @@ def lower(
 
     `dims` gives K and V, `dtypes` each argument's dtype, `dtype` that of operands, workspaces and the output.
     """
-    _check(dims, schedule, target)
-    _check_decay(program.canonical, schedule, dtype)
+    check(program.canonical, dims, dtype, schedule, target)
     workspace = Workspace(program, schedule.chunk_size, dims, dtype)
     arguments = argument_buffers(program.canonical, dims, dtypes)
     kernels = [lower_prepare(program, workspace, schedule, dtypes), lower_scan(program, workspace, schedule, arguments)]
     _check_prepare(kernels[0], target)
     if schedule.output == "split":
         kernels.append(lower_output(program, workspace, schedule, arguments))
-    doc = _doc(program.canonical, dims, dtype, schedule)
+    doc = describe(program.canonical, dims, dtype, schedule)
     return tuple(verify(dataclasses.replace(kernel, doc=doc)) for kernel in kernels)
 
 
-def _doc(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Schedule) -> tuple[str, ...]:
+def describe(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Schedule) -> tuple[str, ...]:
     """What a generated module says of itself: the recurrence, and the choices that shaped it."""
     said = canonical.doc.strip().replace("\\", "\\\\").replace('"', "'").splitlines()[:1]  # goes into a docstring
     lines = [f"{canonical.name}: {line}" for line in said]
@@ -50,13 +49,23 @@ def _doc(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Sched
     return (*lines, how, names)
 
 
-def _check(dims: dict[str, int], schedule: Schedule, target: Target) -> None:
+def check(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Schedule, target: Target) -> None:
+    """Refuses dims and schedules that no kernels can be made for."""
+    _check_dims(dims, schedule)
+    _check_scan(schedule, target)
+    _check_decay(canonical, schedule, dtype)
+
+
+def _check_dims(dims: dict[str, int], schedule: Schedule) -> None:
     if any(d not in HEAD_DIMS for d in dims.values()):
         raise ScheduleError(f"head_dim {dims['K'], dims['V']} has no kernels: expected K and V among {HEAD_DIMS}")
     if schedule.chunk_size not in (16, 32, 64):
         raise ScheduleError(f"chunk_size {schedule.chunk_size}: expected 16, 32 or 64")
     if schedule.v_tile % 64 or dims["V"] % schedule.v_tile:
         raise ScheduleError(f"v_tile {schedule.v_tile}: expected a multiple of 64 that divides V = {dims['V']}")
+
+
+def _check_scan(schedule: Schedule, target: Target) -> None:
     if schedule.stages > 1 and not target.bulk_copies:  # a pipelined loop of unknown length needs a constant wait count
         raise ScheduleError(f"stages {schedule.stages}: {target.name} has no TMA, expected 1")
     if schedule.scan_skeleton == SPECIALISED and not target.warp_specialised:

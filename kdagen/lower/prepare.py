@@ -76,17 +76,15 @@ class Prepare:
     """Lowering state: how each value is read, and the block under construction."""
 
     def __init__(self, program: Program, workspace: Workspace, schedule: Schedule, dtypes: dict[str, str]):
-        self.program, self.workspace, self.schedule = program, workspace, schedule
+        self.ops, self.workspace, self.schedule = program.prepare, workspace, schedule
         self.chunk, self.dims, self.dtype = schedule.chunk_size, workspace.dims, workspace.dtype
         self.arguments = argument_buffers(program.canonical, self.dims, dtypes)
         self.block = Block()
         self.access: dict[str, Access] = {}
         self.dims_of: dict[str, tuple[str, ...]] = {}
         self.row_factor: dict[str, tuple[tuple[Value, tuple[str, ...]], ...]] = {}
-        grams = [op for op in program.prepare if isinstance(op, Gram)]
-        self.gates = {op.g.name for op in grams if op.g} | {
-            op.g.name for op in program.prepare if isinstance(op, Decay)
-        }
+        self.zero_past_end: set[str] = set()  # values whose rows past T are zero by themselves
+        self.gates = {op.g.name for op in program.prepare if isinstance(op, Gram | Decay) and op.g}
 
     def lower(self, op) -> None:
         """Append one op's statements and record how its result is read."""
@@ -103,6 +101,8 @@ class Prepare:
 
     def load(self, op: Load) -> None:
         a, name = op.argument, f"{op.argument.name}_in"
+        if a.per_token:
+            self.zero_past_end.add(op.out.name)
         row = f"n * {self.chunk} + "
         if not a.per_token:
             self.define(op.out, lambda *index: f"{name}[{', '.join(('h', *index))}]")
@@ -144,6 +144,9 @@ class Prepare:
 
     def map(self, op: TensorMap) -> None:
         expr = self.hoist(op) if op.out.dims == ("C", "K") else op.expr
+        vanishes = self.vanishes(op)
+        if op.zero_past_end or vanishes:
+            self.zero_past_end.add(op.out.name)
 
         def access(*index: str) -> str:
             at = dict(zip(op.indices, index))
@@ -151,7 +154,7 @@ class Prepare:
             symbols |= {sympy.Symbol(name): text for name, text in at.items()}
             text = tile_text(expr, symbols)
             text = f"({text})"
-            return self.guarded(index[0], text) if op.zero_past_end and not self.vanishes(op) else text
+            return self.guarded(index[0], text) if op.zero_past_end and not vanishes else text
 
         self.define(op.out, access)
         if op.out.name in self.gates:
@@ -165,7 +168,7 @@ class Prepare:
 
     def vanishes(self, op: TensorMap) -> bool:
         """Whether the expression is zero past the end by itself, because token inputs are zero there."""
-        rows = {v.symbol: sympy.S.Zero for v, ix in op.operands if ix and self.dims_of[v.name][0] == "C"}
+        rows = {v.symbol: sympy.S.Zero for v, ix in op.operands if ix and v.name in self.zero_past_end}
         return op.expr.xreplace(rows) == 0  # all at once: 0 / 0 is no zero
 
     def hoist(self, op: TensorMap) -> sympy.Expr:
@@ -187,6 +190,8 @@ class Prepare:
         return sympy.Mul(*(f for f in sympy.Mul.make_args(op.expr) if f not in rows)) * vector.symbol
 
     def row_sum(self, op: RowSum) -> None:
+        if op.a.name in self.zero_past_end:
+            self.zero_past_end.add(op.out.name)
         channels = self.workspace.size(op.a.dims[1])
         squares = self.block.fragment(f"{op.out.name}_terms", self.chunk, channels)
         total = self.block.fragment(f"{op.out.name}_sum", self.chunk)
@@ -207,7 +212,7 @@ class Prepare:
         else:
             self.define(op.out, decayed(op.span.value, scalar))
 
-    def gram(self, op: Gram) -> None:
+    def gram(self, op: Gram) -> GramOperands:
         form = self.schedule.decay if op.g else DecayForm.NONE
         scalar = op.g is not None and self.dims_of[op.g.name] == ("C",)
         legal = {DecayForm.NONE} if not op.g else {DecayForm.SCALAR} if scalar else {DecayForm.TREE, DecayForm.FACTORED}
@@ -230,12 +235,11 @@ class Prepare:
         for r, row in enumerate(op.outs):
             for s, out in enumerate(row):
                 self.define(out, self.masked(r, s, op.diagonal[r][s]))
+        return operands
 
     def before(self, gram: Gram) -> bool:
         """Whether anything reads the state ahead of its token's decay."""
-        return not all(gram.after) or any(
-            isinstance(op, Decay) and op.span == Span.BEFORE for op in self.program.prepare
-        )
+        return not all(gram.after) or any(isinstance(op, Decay) and op.span == Span.BEFORE for op in self.ops)
 
     def gate(self, g: Value | None) -> str:
         """The buffer of log2 decays; a vector gate's holds running sums afterwards."""

@@ -1,0 +1,320 @@
+"""Gradients: the backward of a chunk, given the state before it and the cotangent of the state after it.
+
+One block a (segment of chunks, head, sequence), from the segment's last chunk to its first. The state's cotangent goes
+from chunk to chunk in registers, transposed like the scan's state (V x K); everything else is formed anew a chunk, from
+the arguments: what `Adjoint.recompute` holds, then the reverse scan's ops, then those of `Adjoint.gradients`.
+
+Unlike prepare, which only forms what scans read, a value here may be a product's result, an operand, both, or neither:
+results and operands are tiles in shared memory, all else are expressions.
+"""
+
+from __future__ import annotations
+
+from kdagen.errors import ScheduleError
+from kdagen.ir.tensor import (
+    Adjoint,
+    ColSum,
+    Deinterleave,
+    GramAdjoint,
+    Interleave,
+    Load,
+    MatMul,
+    RowSum,
+    Span,
+    Spread,
+    Value,
+    reads,
+)
+from kdagen.ir.tensor import (
+    Map as TensorMap,
+)
+from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map
+from kdagen.ir.tile import ColSum as TileColSum
+from kdagen.ir.tile import RowSum as TileRowSum
+from kdagen.ir.tile import reads as tile_reads
+from kdagen.ir.tile import writes as tile_writes
+from kdagen.lower.expression import tile_text
+from kdagen.lower.gram_adjoint import lower_gram_adjoint, lower_spread
+from kdagen.lower.prepare import LOG2E, Prepare
+from kdagen.lower.workspace import Workspace
+from kdagen.schedule import DecayForm, TrainingSchedule
+
+STATE_ELEMENTS = 128 * 128  # of a state's cotangent, which a block keeps in registers
+
+
+def lower_gradients(
+    adjoint: Adjoint, workspace: Workspace, schedule: TrainingSchedule, dtypes: dict[str, str]
+) -> Kernel:
+    """The gradients kernel of an adjoint; `dtypes` gives each argument's dtype, which is its gradient's too."""
+    k, v = workspace.dims["K"], workspace.dims["V"]
+    if k * v > STATE_ELEMENTS:
+        raise ScheduleError(
+            f"head_dim {k, v} has no backward: expected K x V of at most {STATE_ELEMENTS}, as 128 x 128"
+        )
+    lowering = Gradients(adjoint, workspace, schedule, dtypes)
+    results = lowering.results()
+    lowering.run()
+    name, used = adjoint.forward.canonical.name, set()
+    for statement in lowering.block.statements:
+        used |= tile_reads(statement) | tile_writes(statement)
+    whole = (("i", v), ("j", k))
+    end = f"T.cast({END}[b, h, segment + 1, i, j], 'float32')"
+    start = Map(whole, (("d_S_f[i, j]", end),), eq="the state's cotangent at the segment's end")
+    inputs = [b for b in lowering.inputs() if b.name in used | {END}]
+    return Kernel(
+        name=f"{name}_gradients",
+        family="gradients",
+        skeleton=schedule.gradients_skeleton,
+        grid=(("segment", "NE - 1"), ("h", "H"), ("b", "B")),
+        threads=schedule.gradient_threads,
+        stages=1,
+        buffers=(*inputs, *results, *lowering.block.buffers.values()),
+        loads=(),
+        before=(start,),
+        body=tuple(lowering.block.statements),
+        stores=(),
+        chunk_size=schedule.chunk_size,
+        segment=schedule.segment,
+    )
+
+
+END = "d_S_w"  # the state's cotangent at the ends of segments, which the reverse scan leaves
+
+
+class Gradients(Prepare):
+    """Lowering state: as prepare's, with tiles for the operands and results of products."""
+
+    def __init__(self, adjoint: Adjoint, workspace: Workspace, schedule: TrainingSchedule, dtypes: dict[str, str]):
+        super().__init__(adjoint.forward, workspace, schedule, dtypes)
+        self.adjoint, self.dtypes = adjoint, dtypes
+        self.ops = (*adjoint.recompute, *adjoint.reverse, *adjoint.gradients)
+        self.tiles: dict[str, str] = {}  # values that lie in the operand dtype in shared memory, as products need them
+        self.formed: dict = {}  # operands of each Gram
+        self.state, self.d_next, self.d_state = adjoint.forward.state, adjoint.d_next_state, adjoint.d_state
+        self.stored_results = {value: argument for argument, value in adjoint.results if value is not None}
+        self.handlers = {
+            Load: self.load, TensorMap: self.map, RowSum: self.sums, ColSum: self.sums, Spread: self.spread,
+            GramAdjoint: self.gram_adjoint, Interleave: self.interleave, Deinterleave: self.deinterleave,
+            MatMul: self.matmul,
+        }  # fmt: skip
+
+    # -- global tensors
+
+    def inputs(self) -> tuple[Buffer, ...]:
+        """What the kernel may read, in the order arguments, cotangent of the output, states."""
+        dims, dtype = self.dims, self.dtype
+        d_out = Buffer("d_o_in", ("B", "T", "H", dims["V"]), dtype, "global", "d_out")
+        states = (
+            Buffer(f"{self.state.name}_w", ("B", "H", "NC", dims["V"], dims["K"]), dtype, "global", "workspace"),
+            Buffer(END, ("B", "H", "NE", dims["V"], dims["K"]), dtype, "global", "workspace"),
+        )
+        return (*self.arguments.values(), d_out, *states)
+
+    def results(self) -> tuple[Buffer, ...]:
+        """A gradient for each argument that anything depends on; for a head's parameter, what each chunk adds to it."""
+        found = []
+        for argument, value in self.adjoint.results:
+            if value is not None:
+                axis = (self.dims[argument.axis],) if argument.axis else ()
+                name = f"d_{argument.name}_out"
+                if argument.per_token:
+                    dtype = self.dtypes[argument.name]
+                    found.append(Buffer(name, ("B", "T", "H", *axis), dtype, "global", "gradient"))
+                else:
+                    found.append(Buffer(name, ("B", "H", "NC", *axis), "float32", "global", "partial_gradient"))
+        return tuple(found)
+
+    # -- the chunk
+
+    def run(self) -> None:
+        """All statements of a chunk: the state's two sides, every op, the gradients, and the cotangent's next step."""
+        v, k = self.dims["V"], self.dims["K"]
+        self.block.fragment("d_S", v, k)
+        if any(self.state in reads(op) for op in self.ops):
+            tile = self.block.shared(self.state.name, v, k, dtype=self.dtype)
+            self.block.add(Copy(tile, f"{self.state.name}_w[b, h, n, 0:{v}, 0:{k}]", eq="the state before the chunk"))
+            self.define_state(self.state, tile)
+        tile = self.block.shared(self.d_next.name, v, k, dtype=self.dtype)
+        self.block.add(Copy(tile, "d_S_f", eq="the cotangent of the state after the chunk"))
+        self.define_state(self.d_next, tile)
+        if any(self.adjoint.d_out in reads(op) for op in self.ops):
+            self.load_values("d_o_in", self.adjoint.d_out, "cotangent of the output")
+        last = [op for op in self.ops if self.d_state in (getattr(op, "out", None), self.next_of(op))]
+        for op in self.ops:
+            if op not in last:
+                self.lower(op)
+        for argument, value in self.adjoint.results:
+            if value is not None:
+                self.write(argument, value)
+        for op in last:
+            self.step(op)
+
+    def next_of(self, op) -> Value | None:
+        """The state's new cotangent, for the op that only serves to add it up."""
+        adds = {op.add: op.out for op in self.adjoint.reverse if isinstance(op, MatMul)}
+        return adds.get(getattr(op, "out", None))
+
+    def lower(self, op) -> None:
+        handler = self.handlers.get(type(op))
+        handler(op) if handler else super().lower(op)
+
+    def define_state(self, value: Value, tile: str) -> None:
+        """A K x V value, which lies transposed."""
+        self.tiles[value.name] = tile
+        self.define(value, lambda row, col: f"T.cast({tile}[{col}, {row}], 'float32')")
+
+    def load(self, op: Load) -> None:
+        if op.argument.axis != "V" or not op.argument.per_token:
+            super().load(op)
+            if op.argument.axis == "K" and op.argument.per_token and self.dtypes[op.argument.name] == self.dtype:
+                self.tiles[op.out.name] = f"{op.argument.name}_in_s"
+            return
+        self.zero_past_end.add(op.out.name)
+        self.load_values(f"{op.argument.name}_in", op.out, op.eq)
+
+    def load_values(self, source: str, value: Value, eq: str) -> None:
+        """A chunk of a V-wide tensor."""
+        dtype = {b.name: b.dtype for b in self.inputs()}[source]
+        tile = self.block.shared(source, self.chunk, self.dims["V"], dtype=dtype)
+        rows = f"n * {self.chunk}:n * {self.chunk} + {self.chunk}"
+        self.block.add(Copy(tile, f"{source}[b, {rows}, h, 0:{self.dims['V']}]", eq=eq))
+        if dtype == self.dtype:
+            self.tiles[value.name] = tile
+        self.define(value, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')")
+
+    # -- products
+
+    def operand(self, value: Value) -> str:
+        """The tile of a product's operand, formed now if it was an expression so far."""
+        if value.name not in self.tiles:
+            rows, cols = (self.workspace.size(d) for d in value.dims)
+            tile = self.block.shared(f"{value.name}_b", rows, cols, dtype=self.dtype)
+            entry = self.access[value.name]("i", "j")
+            loops = ("i", rows), ("j", cols)
+            self.block.add(Map(loops, ((f"{tile}[i, j]", entry),), eq=f"{value.name}, as an operand"))
+            self.tiles[value.name] = tile
+        return self.tiles[value.name]
+
+    def matmul(self, op: MatMul) -> None:
+        shape = tuple(self.workspace.size(d) for d in op.out.dims)
+        acc = self.block.fragment(f"{op.out.name}_acc", *shape)
+        if op.add:
+            entry = self.access[op.add.name]("i", "j")
+            self.block.add(Map((("i", shape[0]), ("j", shape[1])), ((f"{acc}[i, j]", entry),), eq=op.add.name))
+        self.products(op, acc, clear=op.add is None)
+        as_operand = op.out.dims[1] == "V" or not self.elementwise(op.out)
+        tile = self.block.shared(op.out.name, *shape, dtype=self.dtype if as_operand else "float32")
+        self.block.add(Copy(tile, acc))
+        if as_operand:
+            self.tiles[op.out.name] = tile
+        self.define(op.out, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')" if as_operand else f"{tile}[{i}, {j}]")
+
+    def products(self, op: MatMul, acc: str, clear: bool) -> None:
+        """The terms of a MatMul, added up in `acc`; K x V operands and results lie transposed."""
+        m, n = self.block.buffers[acc].shape
+        turned = op.out.dims == ("K", "V")
+        for step, (a, b, ta, tb) in enumerate(op.terms):
+            inner = self.workspace.size(a.dims[0 if ta else 1])
+            left, right = (self.operand(a), ta != self.lies_turned(a)), (self.operand(b), tb != self.lies_turned(b))
+            if turned:  # (a b)^T = b^T a^T
+                left, right = (right[0], not right[1]), (left[0], not left[1])
+            flags = {"trans_a": left[1], "trans_b": right[1], "clear": clear and step == 0}
+            self.block.add(Gemm(acc, left[0], right[0], (m, n, inner), **flags, eq=op.eq))
+
+    def lies_turned(self, value: Value) -> bool:
+        return value.dims == ("K", "V")
+
+    def elementwise(self, value: Value) -> bool:
+        """Whether anything but a product reads a value."""
+        others = (op for op in self.ops if not isinstance(op, MatMul))
+        return value in self.stored_results or any(value in reads(op) for op in others)
+
+    def step(self, op) -> None:
+        """The state's cotangent before the chunk, in place: decayed, then the products added."""
+        if isinstance(op, MatMul):
+            self.products(op, "d_S_f", clear=op.add is None)
+            return
+        at = dict(zip(op.indices, ("j", "i")))
+        access = {v.name: self.access[v.name](*(at[i] for i in ix)) for v, ix in op.operands if v != self.d_next}
+        self.block.add(self.scaled(op, access))
+
+    def scaled(self, op: TensorMap, access: dict[str, str]) -> Map:
+        symbols = {v.symbol: access.get(v.name, "d_S_f[i, j]") for v, _ in op.operands}
+        loops = (("i", self.dims["V"]), ("j", self.dims["K"]))
+        return Map(loops, (("d_S_f[i, j]", tile_text(op.expr, symbols)),), eq=op.eq)
+
+    # -- sums
+
+    def sums(self, op: RowSum | ColSum) -> None:
+        """Over the last dim or the first; of a K x V value, which is formed transposed, the other way around."""
+        if op.a.name in self.zero_past_end:
+            self.zero_past_end.add(op.out.name)
+        read, dims = self.access[op.a.name], op.a.dims
+        if len(dims) == 1:  # as a matrix of one row
+            shape, entry, rows = (1, self.workspace.size(dims[0])), read("j"), True
+        elif dims == ("K", "V"):
+            shape, entry, rows = (self.dims["V"], self.dims["K"]), read("j", "i"), isinstance(op, ColSum)
+        else:
+            shape, entry, rows = tuple(map(self.workspace.size, dims)), read("i", "j"), isinstance(op, RowSum)
+        terms = self.block.fragment(f"{op.out.name}_terms", *shape)
+        total = self.block.fragment(f"{op.out.name}_sum", shape[0] if rows else shape[1])
+        self.block.add(Map(tuple(zip("ij", shape)), ((f"{terms}[i, j]", entry),)))
+        self.block.add((TileRowSum if rows else TileColSum)(total, terms, eq=op.eq))
+        kept = self.block.shared(op.out.name, *(self.block.buffers[total].shape))
+        self.block.add(Copy(kept, total))
+        self.define(op.out, lambda *index: f"{kept}[{index[0] if index else 0}]")
+
+    def spread(self, op: Spread) -> None:
+        shape = tuple(map(self.workspace.size, op.a.dims))
+        self.define(op.out, lower_spread(self.block, op.out.name, self.access[op.a.name], op.span, shape))
+
+    # -- secondary matrices, streams
+
+    def gram(self, op) -> None:
+        self.formed[op] = super().gram(op)
+
+    def gram_adjoint(self, op: GramAdjoint) -> None:
+        gram, operands = op.gram, self.formed[op.gram]
+        d_outs = tuple(tuple(self.access[v.name] if v else None for v in row) for row in op.d_outs)
+        form = self.schedule.decay if gram.g else DecayForm.NONE
+        gate = self.access[gram.g.name] if gram.g else None
+        log2 = (lambda *index: f"{gate(*index)} * {LOG2E}") if gate else None
+        d_rows, d_cols, d_gate = lower_gram_adjoint(self.block, form, operands, d_outs, log2, gram.diagonal)
+        for value, access in zip((*op.d_readers, *op.d_writers), (*d_rows, *d_cols), strict=True):
+            self.define(value, access)
+        if op.d_g:
+            self.define(op.d_g, d_gate)
+
+    def deinterleave(self, op: Deinterleave) -> None:
+        """Row i of part s is row (i, s) of the whole; a table's columns likewise."""
+        read, rows, cols = self.access[op.a.name], len(op.outs), len(op.outs[0])
+        for r, row in enumerate(op.outs):
+            for s, value in enumerate(row):
+                self.define(value, part(read, rows, r, cols if value.dims == ("C", "C") else 1, s))
+
+    # -- results
+
+    def write(self, argument, value: Value) -> None:
+        """A gradient to its place, rows past the end left out."""
+        name, c = f"d_{argument.name}_out", self.chunk
+        loops = tuple(zip("ij", (self.workspace.size(d) for d in value.dims)))
+        index = [i for i, _ in loops]
+        at = f"b, n * {c} + i, h" if argument.per_token else "b, h, n"
+        inside = f"n * {c} + i < tokens" if argument.per_token else ""
+        rest = index[1:] if argument.per_token else index
+        target = f"{name}[{', '.join((at, *rest))}]"
+        entry = self.access[value.name](*index)
+        if not argument.per_token and index == ["i"]:
+            loops, target, entry = (("j", loops[0][1]),), f"{name}[b, h, n, j]", self.access[value.name]("j")
+        self.block.add(Map(loops or (("j", 1),), ((target, entry),), where=inside, eq=f"gradient of {argument.name}"))
+
+
+def part(read, rows: int, r: int, cols: int, s: int):
+    """Access to one stream's part of interleaved rows (and columns)."""
+
+    def access(row: str, *col: str) -> str:
+        index = [f"{row} * {rows} + {r}" if rows > 1 else row]
+        index += [f"{c} * {cols} + {s}" if cols > 1 else c for c in col]
+        return read(*index)
+
+    return access
