@@ -8,12 +8,14 @@ from pathlib import Path
 import click
 
 from kdagen import debug
-from kdagen.errors import ArgumentError
+from kdagen.errors import ArgumentError, ScheduleError
+from kdagen.schedule import Keep
 from kdagen.target import TARGETS
 
 ARCHS = (
     ", ".join(t.name if t.compiles else f"{t.name} (source only)" for t in TARGETS.values()) + "; several: sm80,sm90."
 )
+KEEP = tuple(keep.value for keep in Keep)
 
 
 class Several(click.ParamType):
@@ -33,11 +35,11 @@ def pair(option: str, text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def choices(texts: tuple[str, ...]) -> dict:
+def choices(texts: tuple[str, ...], option: str = "--schedule") -> dict:
     """field=value options as a dict; numbers become numbers."""
     split = [text.partition("=") for text in texts]
     if wrong := [text for text, (_, equals, value) in zip(texts, split) if not (equals and value)]:
-        raise ArgumentError(f"--schedule {wrong[0]}: expected field=value, such as chunk_size=32")
+        raise ArgumentError(f"{option} {wrong[0]}: expected field=value, such as chunk_size=32")
     return {field: int(value) if value.isdigit() else value for field, _, value in split}
 
 
@@ -72,7 +74,21 @@ def choices(texts: tuple[str, ...]) -> dict:
     "schedule",
     multiple=True,
     metavar="FIELD=VALUE",
-    help="A choice of the schedule, such as chunk_size=32; repeatable.",
+    help="A choice of the schedule of inference, such as chunk_size=32; repeatable.",
+)
+@click.option("--inference-only", is_flag=True, help="No kernels for training: a forward alone.")
+@click.option(
+    "--keep",
+    type=click.Choice(KEEP),
+    default="states",
+    show_default=True,
+    help="In training, what a forward leaves for its backward beside the inputs.",
+)
+@click.option(
+    "--training-schedule",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A choice of the schedule of training, such as segment=4; repeatable.",
 )
 @click.option(
     "--templates",
@@ -81,25 +97,25 @@ def choices(texts: tuple[str, ...]) -> dict:
     help="A folder of kernel skeletons that come before kdagen's own.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at once.  [default: the number of cores]")
-def command(arch, ops, out, head_dim, dtype, gate_dtype, schedule, templates, jobs) -> None:
-    """Compile kernels for the GPUs of --arch. Needs nvcc and a C compiler, no GPU.
+def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, **options) -> None:
+    """Compile kernels for the GPUs of --arch: those of inference, and those of a forward and a backward in training.
 
-    For each kernel: its TileLang source, its CUDA source, a library that loads without any compiler, and
-    manifest.json. Then `from kdagen_ops import kda` gives the op on a GPU machine.
+    Needs nvcc and a C compiler, no GPU. For each kernel: its TileLang source, its CUDA source, a library that loads
+    without any compiler, and manifest.json. Then `from kdagen_ops import kda` gives the op on a GPU machine.
     """
     from kdagen.build.builder import build
     from kdagen.build.progress import Progress, summary
-    from kdagen.pipeline import compile_op
     from kdagen.recurrence import load
     from kdagen.target import target
 
     started, out = time.perf_counter(), out or debug.build_dir()
     archs = [target(name).name for names in arch for name in names]
-    dims, fields = pair("--head-dim", head_dim), choices(schedule)
+    dims, compilers = pair("--head-dim", head_dim), _compilers(**options)
     sources = [
-        compile_op(load(op), dims, dtype, name, fields, gate_dtype, template_folders=templates)
+        make(load(op), dims, dtype, name, fields, gate_dtype, template_folders=templates)
         for op in ops
         for name in archs
+        for make, fields in compilers
     ]
     built = build(sources, out, jobs, Progress())
     click.echo(summary(built), nl=False)
@@ -107,3 +123,22 @@ def command(arch, ops, out, head_dim, dtype, gate_dtype, schedule, templates, jo
         click.echo(f"{name}: source only (kdagen does not compile for it)")
     click.echo(f"wrote {', '.join(str(b.folder) for b in built)} in {time.perf_counter() - started:.1f} s")
     click.echo(f"use:  from {out.name} import {', '.join(dict.fromkeys(b.name for b in built))}")
+
+
+def _compilers(schedule, inference_only: bool, keep: str, training_schedule) -> list[tuple]:
+    """What makes an OpSource, and the fields of its schedule: for inference, and for training if that is wanted."""
+    from kdagen import pipeline
+
+    found = [(pipeline.compile_op, choices(schedule))]
+    if not inference_only:
+        found.append((_training, {"keep": keep} | choices(training_schedule, "--training-schedule")))
+    return found
+
+
+def _training(*args, **options):
+    from kdagen import pipeline
+
+    try:
+        return pipeline.compile_training(*args, **options)
+    except ScheduleError as error:
+        raise ScheduleError(f"{error} (of the kernels for training: --inference-only builds without)") from None

@@ -14,7 +14,6 @@ from kdagen.derive.adjoint import adjoint
 from kdagen.derive.canonical import canonical as derive_canonical
 from kdagen.derive.chunk import chunk_form
 from kdagen.errors import RecurrenceError, ScheduleError
-from kdagen.ir import tile
 from kdagen.ir.canonical import Canonical
 from kdagen.ir.tensor import Adjoint, Program
 from kdagen.ir.tensor_verify import verify, verify_adjoint
@@ -100,18 +99,8 @@ def compile_training_stages(
     assert {*lowered.forward, *lowered.backward} == {*kernels}, "two kernels share a name"
     passes = {which: tuple(k.name for k in getattr(lowered, which)) for which in ("forward", "backward")}
     source = call.source(kernels, schedule, template_folders)
-    source = dataclasses.replace(source, passes=passes, kept=kept(lowered))
+    source = dataclasses.replace(source, passes=passes, kept=lowered.kept)
     return Compilation(call.canonical, call.program, kernels, source, derived)
-
-
-def kept(kernels) -> tuple[str, ...]:
-    """The workspaces that the backward reads and does not make: the forward leaves them."""
-    made, needed = set(), []
-    for kernel in kernels.backward:
-        written = {name for s in kernel.statements for name in tile.writes(s)}
-        needed += [b.name for b in kernel.params if b.role == "workspace" and b.name not in written | made]
-        made |= written
-    return tuple(dict.fromkeys(needed))
 
 
 class _Call:

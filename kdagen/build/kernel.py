@@ -26,8 +26,15 @@ SHARED_FIELDS = {
     "prepare": ("chunk_size",),
     "scan": ("stages", "v_tile", "chunk_size"),
     "output": ("v_tile", "chunk_size"),
+    "replay": ("stages", "v_tile", "chunk_size"),
+    "reverse": ("stages", "v_tile", "chunk_size"),
+    "gradients": ("chunk_size",),
 }
-THREAD_FIELDS = {"prepare": ("prepare_threads",), "scan": ("scan_threads",), "output": ("scan_threads",)}
+THREAD_FIELDS = {
+    "prepare": ("prepare_threads",),
+    **dict.fromkeys(("scan", "output", "replay", "reverse"), ("scan_threads",)),
+    "gradients": ("gradient_threads",),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Job:
     params: list[dict]  # name and dtype of each tensor, in order
     schedule: dict
     target: str
+    training: bool = False  # for people: the kernel may serve inference as well
 
 
 def compile_kernel(job: Job, folder: Path, say: Callable[[str], None] = lambda stage: None) -> None:
@@ -130,7 +138,7 @@ def _fields(job: Job, table: dict) -> str:
 def job_of(kernel, source) -> Job:
     """The job of one KernelSource of an OpSource."""
     params = [{"name": p.name, "dtype": p.dtype} for p in kernel.params]
-    return Job(kernel.name, kernel.family, kernel.text, params, source.schedule, source.target)
+    return Job(kernel.name, kernel.family, kernel.text, params, source.schedule, source.target, source.training)
 
 
 def job_fields(job: Job) -> dict:

@@ -62,7 +62,7 @@ WAIT_INJECTED = "(C7517)"  # ptxas moved a wait for wgmma; nothing is lost but o
 
 def label(job) -> str:
     """A kernel and its target, for people."""
-    return f"{job.name} ({job.target})"
+    return f"{job.name} ({job.target}{', training' if job.training else ''})"
 
 
 def summary(built) -> str:
@@ -71,13 +71,14 @@ def summary(built) -> str:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("op", "target", "kernel"):
+    for title in ("op", "for", "target", "kernel"):
         table.add_column(title)
     for title in ("threads", "registers", "spilled bytes", "shared KiB", "seconds"):
         table.add_column(title, justify="right")
     for op in built:
         for kernel in op.kernels:
-            table.add_row(op.name, op.target, kernel["name"], *_figures(kernel))
+            purpose = "training" if op.training else "inference"
+            table.add_row(op.name, purpose, op.target, kernel["name"], *_figures(kernel))
     console = Console(width=120)
     with console.capture() as text:
         console.print(table)

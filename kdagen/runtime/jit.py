@@ -17,6 +17,7 @@ from kdagen.errors import ArgumentError, TargetError, ToolchainError
 from kdagen.runtime import manifest as manifests
 from kdagen.runtime.loader import LoadedOp, cached_op_folder, find_built, load_op
 from kdagen.runtime.options import Options
+from kdagen.schedule import Schedule
 from kdagen.target import TARGETS, Target, target
 
 log = logging.getLogger("kdagen")
@@ -27,8 +28,8 @@ class JustInTime:
 
     def __init__(self, recurrence, options: Options, spec: str):
         self.recurrence, self.options, self.spec = recurrence, options, spec
-        self._sources: dict[str, object] = {}
-        self._loaded: dict[str, LoadedOp] = {}
+        self._sources: dict[tuple[str, bool], object] = {}
+        self._loaded: dict[tuple[str, bool], LoadedOp] = {}
         self._lock = threading.Lock()
 
     @property
@@ -36,33 +37,37 @@ class JustInTime:
         """The build folder that is looked in."""
         return Path(self.options.build_dir) if self.options.build_dir else debug.build_dir()
 
-    def source(self, gpu: Target):
+    def source(self, gpu: Target, training: bool = False):
         """The OpSource for a target; generated once."""
-        if gpu.name not in self._sources:
-            from kdagen.pipeline import compile_op
+        if (gpu.name, training) not in self._sources:
+            from kdagen import pipeline
 
             o = self.options
-            self._sources[gpu.name] = compile_op(
-                self.recurrence, o.head_dim, o.dtype, gpu.name, o.schedule, o.gate_dtype, template_folders=o.templates
+            make, schedule = (
+                (pipeline.compile_training, training_schedule(o)) if training else (pipeline.compile_op, o.schedule)
             )
-        return self._sources[gpu.name]
+            self._sources[gpu.name, training] = make(
+                self.recurrence, o.head_dim, o.dtype, gpu.name, schedule, o.gate_dtype, template_folders=o.templates
+            )
+        return self._sources[gpu.name, training]
 
-    def fitting(self, tensors: dict, capability: str) -> LoadedOp:
+    def fitting(self, tensors: dict, capability: str, training: bool = False) -> LoadedOp:
         """The kernels for these arguments on a GPU of compute capability "9.0"; built if they are nowhere."""
         gpu = self.target(capability)
-        if problem := (self._loaded.get(gpu.name) or self._unbuilt(gpu)).mismatch(tensors, capability):
+        which = gpu.name, training
+        if problem := (self._loaded.get(which) or self._unbuilt(gpu, training)).mismatch(tensors, capability):
             raise ArgumentError(
                 f"{self.recurrence.name}: {problem}. Convert it, or compile for it: kg.compile(..., head_dim=(K, V), "
-                f"dtype=..., gate_dtype=...) gives {manifests.variant(self.source(gpu).plan())} now"
+                f"dtype=..., gate_dtype=...) gives {manifests.variant(self.source(gpu, training).plan())} now"
             )
         with self._lock:
-            if gpu.name not in self._loaded:
-                self._loaded[gpu.name] = load_op(self.find(gpu) or self.build(gpu))
-            return self._loaded[gpu.name]
+            if which not in self._loaded:
+                self._loaded[which] = load_op(self.find(gpu, training) or self.build(gpu, training))
+            return self._loaded[which]
 
-    def _unbuilt(self, gpu: Target) -> LoadedOp:
+    def _unbuilt(self, gpu: Target, training: bool) -> LoadedOp:
         """The kernels as they would be built: arguments that these do not take are refused before that."""
-        return LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": self.source(gpu).plan()})
+        return LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": self.source(gpu, training).plan()})
 
     def target(self, capability: str) -> Target:
         """The target of the GPU at hand; an arch that was asked for must run on it."""
@@ -83,35 +88,36 @@ class JustInTime:
             )
         return gpu
 
-    def find(self, gpu: Target) -> Path | None:
+    def find(self, gpu: Target, training: bool = False) -> Path | None:
         """The folder of kernels that were built already."""
-        return find_built(self.source(gpu), [self.folder])
+        return find_built(self.source(gpu, training), [self.folder])
 
     def where(self, place: Path) -> str:
         """How people call the place in which kernels were found."""
         return "build folder" if self.folder in place.parents else "cache"
 
-    def build(self, gpu: Target) -> Path:
+    def build(self, gpu: Target, training: bool = False) -> Path:
         """Compiles the kernels into the cache; another process that wants the same waits for it."""
-        self._check_toolchain(gpu)
+        source = self.source(gpu, training)
+        self._check_toolchain(gpu, source)
         from kdagen.build.builder import build_cached
 
-        what = f"{self.recurrence.name} for {manifests.variant(self.source(gpu).plan())}"
+        what = f"{self.recurrence.name} for {manifests.variant(source.plan())}"
         log.warning(
             "%s: not built yet (%s): compiling now. Ahead of time: %s", what, self.holdings(), self.command(gpu)
         )
         started = time.perf_counter()
-        place = build_cached(self.source(gpu))
+        place = build_cached(source)
         log.info("%s: compiled in %.1f s, into %s", what, time.perf_counter() - started, place)
         return place
 
-    def _check_toolchain(self, gpu: Target) -> None:
+    def _check_toolchain(self, gpu: Target, source) -> None:
         from kdagen.build.toolchain import find_nvcc
 
         try:
             find_nvcc()
         except ToolchainError as error:
-            looked = f"{self.folder} and {cached_op_folder(manifests.digest(self.source(gpu)))}"
+            looked = f"{self.folder} and {cached_op_folder(manifests.digest(source))}"
             raise ToolchainError(
                 f"{self.recurrence.name}: no kernels for {gpu.name} in {looked} ({self.holdings()}), and none can be "
                 f"built here: {error}\nor build them on another machine, which needs no GPU, and pass build_dir=DIR "
@@ -145,6 +151,13 @@ class JustInTime:
         """The `kdagen build` that makes these kernels."""
         words = ["kdagen", "build", "--arch", gpu.name, "--op", self.spec, "--out", "DIR", *self.options.words()]
         return shlex.join(words)
+
+
+def training_schedule(options: Options) -> dict:
+    """The fields of the training kernels' schedule that were chosen: `schedule` itself speaks of inference only."""
+    given = getattr(options, "training_schedule", None)
+    fields = given.fields() if isinstance(given, Schedule) else dict(given or {})
+    return {"keep": getattr(options, "keep", "states"), **fields}
 
 
 def _has_nvcc() -> bool:

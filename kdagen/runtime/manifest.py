@@ -31,7 +31,8 @@ def digest(source) -> str:
 def variant(plan: dict) -> str:
     """The folder of an op's kernels for one target, dtype and head dims: "sm90-bf16-128x128".
 
-    Arguments a token of another dtype than the op's are named too: "sm90-bf16-128x128-beta.g.fp32".
+    Arguments a token of another dtype than the op's are named too, and so are kernels for training:
+    "sm90-bf16-128x128-beta.g.fp32-training".
     """
     dims, dtype = plan["dims"], plan["dtype"]
     others: dict[str, list[str]] = {}
@@ -39,7 +40,8 @@ def variant(plan: dict) -> str:
         if tensor["role"] == "argument" and "T" in tensor["shape"] and tensor["dtype"] != dtype:
             others.setdefault(SHORT[tensor["dtype"]], []).append(tensor["name"])
     named = [".".join([*sorted(names), short]) for short, names in sorted(others.items())]
-    return "-".join([plan["target"], SHORT[dtype], f"{dims['K']}x{dims['V']}", *named])
+    purpose = ["training"] if "backward" in (plan.get("passes") or {}) else []
+    return "-".join([plan["target"], SHORT[dtype], f"{dims['K']}x{dims['V']}", *named, *purpose])
 
 
 def hash_files(folder: Path) -> dict[str, str]:

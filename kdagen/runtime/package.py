@@ -76,16 +76,19 @@ class BuiltOp:
         """The names of its tensors, in order."""
         return self.variants[0].plan["arguments"]
 
-    def fitting(self, tensors: dict, capability: str) -> LoadedOp:
+    def fitting(self, tensors: dict, capability: str, training: bool = False) -> LoadedOp:
         """The variant for a compute capability ("9.0") and tensors; says why each other does not fit."""
         reasons = []
         for variant in self.variants:
+            if variant.training != training:
+                continue
             if (reason := variant.mismatch(tensors, capability)) is None:
                 return variant
             reasons.append(f"{variant.folder.name}: {reason}")
-        listed = "; ".join(reasons)
+        listed = f" fit ({'; '.join(reasons)})" if reasons else f" are in {self.folder}"
         raise ArgumentError(
-            f"no kernels of {self.name} fit ({listed}): build some with `kdagen build --op {self.name}`"
+            f"no kernels of {self.name}{' for training' if training else ''}{listed}: "
+            f"build some with `kdagen build --op {self.name}`"
         )
 
     def describe(self) -> list[tuple[str, str]]:

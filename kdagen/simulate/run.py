@@ -12,6 +12,7 @@ from kdagen import target as targets
 from kdagen.build import adapter
 from kdagen.codegen.source import KernelSource, OpSource, TensorSpec
 from kdagen.errors import ArgumentError, SimulationError
+from kdagen.runtime.loader import ZERO, counts
 from kdagen.simulate.memory import Statistics
 from kdagen.simulate.program import Simulator
 from kdagen.simulate.schedule import check_schedule
@@ -35,22 +36,71 @@ def simulate(
     Workspaces and results start as NaN. `check_schedules` also runs each kernel as its target specialises it, once
     a seed, and refuses one whose synchronisation fails; `check_races` refuses blocks that touch each other's results.
     """
-    specs = {spec.name: spec for kernel in op_source.kernels for spec in kernel.params}
-    memory = _given(op_source, specs, tensors, initial_state)
-    sizes = _sizes(op_source, specs, memory)
-    for name, spec in specs.items():
-        if name not in memory:
-            memory[name] = _new(spec, sizes)
-    statistics = {}
-    for kernel in op_source.kernels:
-        arrays = [to_numpy(memory[spec.name]) for spec in kernel.params]
-        checked = _check_schedule(kernel, op_source.target, arrays, seeds) if check_schedules else None
-        simulator = _simulator(kernel, check_races)
+    run = _Run(op_source, tensors, {"initial_state": initial_state}, check_schedules, check_races, seeds)
+    memory, statistics = run("forward")
+    return memory[run.of_role("out")], memory[run.of_role("final_state")], statistics
+
+
+def simulate_training(
+    op_source: OpSource,
+    tensors: dict[str, torch.Tensor],
+    initial_state: torch.Tensor | None = None,
+    d_out: torch.Tensor | None = None,
+    d_final_state: torch.Tensor | None = None,
+    *,
+    check_schedules: bool = False,
+    check_races: bool = False,
+    seeds=range(6),
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor, dict[str, dict[str, Statistics]]]:
+    """(output, final state, gradient of each argument, d_initial_state, statistics of each pass's kernels by name).
+
+    The forward of an op in training, and then its backward from the cotangents of output and final state (zero where
+    not given). Of the forward's workspaces only those that are kept outlive it. Options as `simulate` has them; a
+    parameter's gradient is added up as the runtime does, and an argument that nothing depends on has a gradient of 0.
+    """
+    given = {"initial_state": initial_state, "d_out": d_out, "d_final_state": d_final_state}
+    run = _Run(op_source, tensors, given, check_schedules, check_races, seeds)
+    forward, before = run("forward")
+    backward, after = run("backward", {name: forward[name] for name in op_source.kept})
+    gradients = {name: x.new_zeros(x.shape) for name, x in tensors.items()}
+    for spec in run.specs.values():
+        if spec.of:
+            found = backward[spec.name]
+            gradients[spec.of] = found.sum((0, 2)) if spec.role == "partial_gradient" else found
+    out, final = forward[run.of_role("out")], forward[run.of_role("final_state")]
+    d_initial = backward[run.of_role("d_initial_state")]
+    return out, final, gradients, d_initial, {"forward": before, "backward": after}
+
+
+class _Run:
+    """An op with what it is given: `run(which)` executes a pass in memory of its own."""
+
+    def __init__(self, op: OpSource, tensors: dict, others: dict, check_schedules: bool, check_races: bool, seeds):
+        self.op, self.specs = op, {spec.name: spec for kernel in op.kernels for spec in kernel.params}
+        self.given = _given(op, self.specs, tensors, others)
+        self.sizes = _sizes(op, self.specs, self.given)
+        self.check_schedules, self.check_races, self.seeds = check_schedules, check_races, seeds
+
+    def of_role(self, role: str) -> str:
+        (name,) = _of_role(self.specs, role)
+        return name
+
+    def __call__(self, which: str, kept: dict | None = None) -> tuple[dict, dict[str, Statistics]]:
+        """All tensors of a pass, and statistics of its kernels; what is neither given nor kept starts as NaN."""
+        memory, statistics = {**self.given, **(kept or {})}, {}
+        for kernel in self.op.kernels_of(which):
+            for spec in kernel.params:
+                if spec.name not in memory:
+                    memory[spec.name] = _new(spec, self.sizes)
+            statistics[kernel.name] = self.execute(kernel, [to_numpy(memory[spec.name]) for spec in kernel.params])
+        return memory, statistics
+
+    def execute(self, kernel: KernelSource, arrays: list) -> Statistics:
+        checked = _check_schedule(kernel, self.op.target, arrays, self.seeds) if self.check_schedules else None
+        simulator = _simulator(kernel, self.check_races)
         simulator(*arrays)
-        statistics[kernel.name] = simulator.statistics
-        statistics[kernel.name].schedule = checked
-    (out,), (final,) = _of_role(specs, "out"), _of_role(specs, "final_state")
-    return memory[out], memory[final], statistics
+        simulator.statistics.schedule = checked
+        return simulator.statistics
 
 
 def traffic_per_token_head(statistics: dict[str, Statistics], tokens: int, heads: int) -> float:
@@ -79,17 +129,18 @@ def _of_role(specs: dict[str, TensorSpec], role: str) -> list[str]:
     return [name for name, spec in specs.items() if spec.role == role]
 
 
-def _given(op: OpSource, specs, tensors: dict, initial_state) -> dict:
-    """The caller's tensors by name, checked for presence and dtype."""
+def _given(op: OpSource, specs, tensors: dict, others: dict) -> dict:
+    """The caller's tensors by name, checked for presence and dtype; `others` are those of other roles, by role."""
     expected = _of_role(specs, "argument")
     if sorted(expected) != sorted(tensors):
         names = ", ".join(sorted(tensors)), ", ".join(sorted(expected))
         raise ArgumentError(f"{op.name}: got tensors {names[0]}; expected {names[1]}")
     given = dict(tensors)
-    if initial_state is not None:
-        if not (states := _of_role(specs, "initial_state")):
-            raise ArgumentError(f"{op.name}: takes no initial_state")
-        given[states[0]] = initial_state
+    for role, tensor in others.items():
+        if tensor is not None:
+            if not (names := _of_role(specs, role)):
+                raise ArgumentError(f"{op.name}: takes no {role}")
+            given[names[0]] = tensor
     for name, tensor in given.items():
         dtype = _torch_dtype(specs[name])
         if tensor.dtype != dtype or tensor.device.type != "cpu":
@@ -110,14 +161,14 @@ def _sizes(op: OpSource, specs, memory: dict) -> dict[str, int]:
         expected = [n if isinstance(n, int) else sizes.get(n, n) for n in written]
         if shape != expected:
             raise ArgumentError(f"{op.name}: '{name}' has shape {shape}, expected {list(written)} = {expected}")
-    return {**sizes, "NC": -(-sizes["T"] // op.chunk_size)}
+    return sizes | counts(sizes["T"], op.chunk_size, op.schedule)
 
 
 def _new(spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
-    """NaN where a kernel is to write; a state that was not given is zero."""
+    """NaN where a kernel is to write; a state or cotangent that was not given is zero."""
     import torch
 
-    value = 0.0 if spec.role == "initial_state" else float("nan")
+    value = 0.0 if spec.role in ZERO else float("nan")
     shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
     return torch.full(shape, value, dtype=_torch_dtype(spec))
 

@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdagen.codegen.source import KernelSource, OpSource, TensorSpec
+from kdagen.ir.canonical import Canonical
 from kdagen.ir.canonical_json import from_json
+from kdagen.pipeline import gates
 from kdagen.reference import recurrence_reference
 from kdagen.runtime import manifest as manifests
 from kdagen.simulate.memory import Statistics
-from kdagen.simulate.run import simulate
+from kdagen.simulate.run import simulate, simulate_training
 
 # Relative error below which a program computes its recurrence, as far as its operands' dtype allows.
 TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
-STATES = ("initial_state", "final_state")
+# The same of gradients: of keys, values and the state, and of what decays and scales.
+GRADIENT_TOLERANCE = {"bfloat16": (8e-3, 2e-2), "float16": (1e-3, 2.5e-3)}
+STATES = ("initial_state", "final_state", "d_initial_state", "d_final_state")
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,14 @@ class Verdict:
     seconds: float  # that the simulation took
 
     @property
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """Error of each result, and what it may be at most."""
+        return {"output": (self.output, self.tolerance), "final state": (self.final_state, self.tolerance)}
+
+    @property
     def ok(self) -> bool:
-        """Whether both errors are within the tolerance (NaN is not)."""
-        return self.output <= self.tolerance and self.final_state <= self.tolerance
+        """Whether every error is within its tolerance (NaN is not)."""
+        return all(error <= most for error, most in self.errors.values())
 
     def bytes(self, kernel: str) -> float:
         """Bytes that a kernel moves between memory and chip, a token a head; those of states are not in it."""
@@ -56,6 +65,18 @@ class Verdict:
         return self.statistics[kernel].gemm_flops / math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class TrainingVerdict(Verdict):
+    """The same of both passes; `statistics` are by pass and kernel: "backward kda_reverse"."""
+
+    gradients: dict[str, tuple[float, float]]  # error and tolerance, by argument and of the initial state
+
+    @property
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """Error of each result and gradient, and what it may be at most."""
+        return super().errors | {f"d_{name}": error for name, error in self.gradients.items()}
+
+
 def verify(
     source: OpSource, recurrence, shape=(1, 80, 2), gate: str = "mild", seed: int = 0, check_schedules: bool = False
 ) -> Verdict:
@@ -67,6 +88,54 @@ def verify(
     expected = recurrence_reference(recurrence, tensors, state)
     errors = relative_error(o, expected[0]), relative_error(final, expected[1])
     return Verdict(*errors, TOLERANCE[source.dtype], statistics, tuple(shape), seconds)
+
+
+def verify_training(
+    source: OpSource, recurrence, shape=(1, 80, 2), gate: str = "mild", seed: int = 0, check_schedules: bool = False
+) -> TrainingVerdict:
+    """The same for an op in training: its gradients against those of `recurrence` in float64, by torch's autograd."""
+    tensors, state = draw(source, shape, gate, seed)
+    d_out, d_final = draw_cotangents(source, shape, seed)
+    started = time.perf_counter()
+    o, final, gradients, d_state, statistics = simulate_training(
+        source, tensors, state, d_out, d_final, check_schedules=check_schedules
+    )
+    seconds = time.perf_counter() - started
+    expected_o, expected_final, expected = reference_gradients(recurrence, tensors, state, d_out, d_final)
+    errors = relative_error(o, expected_o), relative_error(final, expected_final)
+    loose, (tight, wide) = loosely(from_json(source.recurrence["canonical"])), GRADIENT_TOLERANCE[source.dtype]
+    found = {**gradients, "initial_state": d_state}
+    by_name = {n: (relative_error(found[n], e), wide if n in loose else tight) for n, e in expected.items()}
+    did = {f"{which} {kernel}": s for which, kernels in statistics.items() for kernel, s in kernels.items()}
+    return TrainingVerdict(*errors, TOLERANCE[source.dtype], did, tuple(shape), seconds, by_name)
+
+
+def loosely(canonical: Canonical) -> set[str]:
+    """Arguments whose gradients are sums of terms that cancel: what decays, a token's scalars, a head's parameters."""
+    return gates(canonical) | {a.name for a in canonical.arguments if not a.axis or not a.per_token}
+
+
+def reference_gradients(recurrence, tensors: dict, state, d_out, d_final_state) -> tuple:
+    """(output, final state, gradients by argument and of "initial_state") in float64, token by token."""
+    import torch
+
+    leaves = {name: x.double().requires_grad_() for name, x in {**tensors, "initial_state": state}.items()}
+    given = {name: x for name, x in leaves.items() if name != "initial_state"}
+    o, final = recurrence_reference(recurrence, given, leaves["initial_state"])
+    made = torch.autograd.grad(
+        (o, final), list(leaves.values()), (d_out.double(), d_final_state.double()), materialize_grads=True
+    )
+    return o.detach(), final.detach(), dict(zip(leaves, made))
+
+
+def draw_cotangents(source: OpSource, shape: tuple[int, int, int], seed: int = 0) -> tuple:
+    """Cotangents of output and final state, as the kernels take them."""
+    import torch
+
+    b, t, h = shape
+    generator = torch.Generator().manual_seed(seed + 1)
+    d_out = torch.randn(b, t, h, source.dims["V"], generator=generator).to(getattr(torch, source.dtype))
+    return d_out, torch.randn(b, h, source.dims["K"], source.dims["V"], generator=generator)
 
 
 def draw(source: OpSource, shape: tuple[int, int, int], gate: str = "mild", seed: int = 0) -> tuple[dict, object]:
@@ -84,8 +153,9 @@ def draw(source: OpSource, shape: tuple[int, int, int], gate: str = "mild", seed
 
 
 def relative_error(found, expected) -> float:
-    """Norm of the difference over norm."""
-    return float((found.double() - expected).norm() / expected.norm())
+    """Norm of the difference over norm; 0 where both are 0."""
+    difference, norm = float((found.double() - expected).norm()), float(expected.norm())
+    return difference / norm if norm else math.inf if difference else difference
 
 
 def built_source(folder: str | Path) -> OpSource:
@@ -95,7 +165,7 @@ def built_source(folder: str | Path) -> OpSource:
     plan, reports = manifest["plan"], {k["name"]: k for k in manifest["kernels"]}
 
     def kernel(launch: dict) -> KernelSource:
-        specs = (plan["tensors"][name] for name in launch["params"])
+        specs = [{k: v for k, v in plan["tensors"][name].items() if k != "of"} for name in launch["params"]]
         report = reports[launch["name"]]
         return KernelSource(
             name=launch["name"],
@@ -117,4 +187,6 @@ def built_source(folder: str | Path) -> OpSource:
         target=plan["target"],
         arguments=tuple(plan["arguments"]),
         recurrence=plan["recurrence"],
+        passes=plan.get("passes"),
+        kept=tuple(plan.get("kept", ())),
     )

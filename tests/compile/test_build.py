@@ -89,10 +89,10 @@ def test_a_build_leaves_sources_libraries_and_a_manifest(built):
 
 def test_the_summary_lists_every_kernel(built):
     header, prepare, scan = summary([built]).splitlines()
-    titles = "op target kernel threads registers spilled bytes shared KiB seconds"
+    titles = "op for target kernel threads registers spilled bytes shared KiB seconds"
     assert " ".join(header.split()) == titles
-    assert prepare.split()[:4] == ["toy", "sm90", "toy_prepare", "64"]
-    assert scan.split()[:4] == ["toy", "sm90", "toy_scan", "256"]
+    assert prepare.split()[:5] == ["toy", "inference", "sm90", "toy_prepare", "64"]
+    assert scan.split()[:5] == ["toy", "inference", "sm90", "toy_scan", "256"]
 
 
 def test_a_warm_build_needs_no_tilelang_and_leaves_the_same_bytes(built, tmp_path):

@@ -1,11 +1,14 @@
 """simulate() runs an op's kernels in order on torch tensors."""
 
+import dataclasses
+
 import pytest
 import torch
+import toy_training
 from toy import PREPARE, SCAN, toy
 
 from kdagen.errors import SimulationError
-from kdagen.simulate.run import simulate, traffic_per_token_head
+from kdagen.simulate.run import simulate, simulate_training, traffic_per_token_head
 from kdagen.simulate.torch_arrays import from_numpy, to_numpy
 
 
@@ -81,3 +84,45 @@ def test_arrays_share_the_memory_of_tensors(dtype):
     to_numpy(tensor)[0] = 3
     assert tensor[0] == 3
     assert torch.equal(from_numpy(to_numpy(tensor)), tensor)
+
+
+def training_inputs(T=37):
+    generator = torch.Generator().manual_seed(1)
+    d_out = torch.randn(2, T, 3, 64, generator=generator).bfloat16()
+    d_final = torch.randn(2, 3, 64, 64, generator=generator)
+    return {**inputs(T=T), "a": torch.rand(3, generator=generator)}, d_out, d_final
+
+
+def test_both_passes_of_an_op_in_training():
+    tensors, d_out, d_final = training_inputs()
+    _, final, gradients, d_state, statistics = simulate_training(toy_training.toy(), tensors, None, d_out, d_final)
+    leaves = [tensors[name].double().requires_grad_() for name in "xga"]
+    x, g, a = leaves
+    expected = torch.autograd.grad(x * g.exp()[..., None] * a[:, None], leaves, d_out.double())
+    assert list(gradients) == ["x", "g", "a"]
+    for found, wanted in zip(gradients.values(), expected):
+        assert found.shape == wanted.shape and relative(found, wanted) < 5e-3
+    assert torch.equal(d_state, d_final) and torch.equal(final, torch.zeros_like(final))
+    assert {which: list(kernels) for which, kernels in statistics.items()} == {
+        "forward": ["toy_scan"],
+        "backward": ["toy_reverse", "toy_gradients"],
+    }
+
+
+def test_a_cotangent_that_is_not_given_is_zero():
+    tensors, _, _ = training_inputs()
+    *_, gradients, d_state, _ = simulate_training(toy_training.toy(), tensors)
+    assert not any(x.any() for x in (*gradients.values(), d_state))
+
+
+def test_what_the_backward_does_not_write_stays_nan():
+    silent = toy_training.GRADIENTS.replace("d_a_out[b, h, n] = total[0]", "total[0] = 0")
+    tensors, d_out, d_final = training_inputs()
+    gradients = simulate_training(toy_training.toy(silent), tensors, None, d_out, d_final)[2]
+    assert gradients["a"].isnan().all() and not gradients["x"].isnan().any()
+
+
+def test_workspaces_that_are_not_kept_are_forgotten():
+    tensors, d_out, d_final = training_inputs()
+    op = dataclasses.replace(toy_training.toy(), kept=())
+    assert simulate_training(op, tensors, None, d_out, d_final)[2]["g"].isnan().all()

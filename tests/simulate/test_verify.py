@@ -26,9 +26,9 @@ def test_the_command_shows_errors_traffic_and_races():
     assert schedule.startswith("schedule: chunk_size ")
     moved = [int(line.split()[-2].replace(",", "")) for line in (prepare, scan, total)]
     assert moved[0] > 0 and moved[1] > 0 and abs(sum(moved[:2]) - moved[2]) <= 1
-    assert "initial and final state: 32,768 bytes a head" in result.output
+    assert "initial and final states: 32,768 bytes a head" in result.output
     for row in ("output", "final state"):
-        error, good = re.search(rf"^{row} +(\S+) +(\S+)$", result.output, re.MULTILINE).groups()
+        error, good = re.search(rf"^{row} +(\S+) +\S+ +(\S+)$", result.output, re.MULTILINE).groups()
         assert 0 < float(error) < 5e-3 and good == "yes"
     assert "gated_deltanet_scan: 3 roles of warps; 6 random orders" in result.output
     assert "gated_deltanet_prepare: all warps have one role" in result.output
@@ -66,7 +66,7 @@ def test_a_program_that_is_off_fails(monkeypatch):
     monkeypatch.setattr(module, "verify", lambda *_: wrong)
     result = simulate("gla", "--head-dim", "64")
     assert result.exit_code == 1
-    assert result.stderr == "error: gla for sm90 is off by more than 0.005: see the errors above\n"
+    assert result.stderr == "error: gla for sm90 is off by more than is allowed: see the errors above\n"
     assert len(re.findall(r" NO$", result.output, re.MULTILINE)) == 2
 
 

@@ -54,25 +54,51 @@ def test_schedule_choices():
     assert cli_build.choices(("chunk_size=32", "decay=tree")) == {"chunk_size": 32, "decay": "tree"}
 
 
-def test_options_become_sources_and_sources_are_built(monkeypatch, tmp_path):
-    """--op and --arch multiply; commas and repetition both list."""
-    asked, built = [], []
+LINE = "--arch sm90,sm80 --arch sm_120a --op one --op two --head-dim 64 --schedule stages=3 --jobs 3"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `kdagen build` asks the pipeline for, by what it asks with; its builds are under "built"."""
+    found = {"inference": [], "training": [], "built": []}
+
+    def compiler(which):
+        return lambda *options, template_folders: found[which].append(options) or toy.toy(options[0])
+
     monkeypatch.setattr(sys.modules["kdagen.recurrence"], "load", lambda spec: spec)
-    monkeypatch.setattr(
-        "kdagen.pipeline.compile_op", lambda *options, template_folders: asked.append(options) or toy.toy(options[0])
-    )
-    monkeypatch.setattr(
-        builder, "build", lambda sources, out, jobs, shown: built.append((len(sources), out, jobs)) or []
-    )
-    line = "--arch sm90,sm80 --arch sm_120a --op one --op two --head-dim 64 --schedule stages=3 --jobs 3"
-    result = CliRunner().invoke(cli.main, ["build", *line.split(), "--out", str(tmp_path)], catch_exceptions=False)
+    monkeypatch.setattr("kdagen.pipeline.compile_op", compiler("inference"))
+    monkeypatch.setattr("kdagen.pipeline.compile_training", compiler("training"))
+    built = lambda sources, out, jobs, shown: found["built"].append((len(sources), out, jobs)) or []  # noqa: E731
+    monkeypatch.setattr(builder, "build", built)
+    return found
+
+
+def build(line, out):
+    result = CliRunner().invoke(cli.main, ["build", *line.split(), "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0
-    assert asked == [
-        (op, (64, 64), "bfloat16", arch, {"stages": 3}, None)
-        for op in ("one", "two")
-        for arch in ("sm90", "sm80", "sm120")
+
+
+def calls(fields) -> list:
+    return [
+        (op, (64, 64), "bfloat16", arch, fields, None) for op in ("one", "two") for arch in ("sm90", "sm80", "sm120")
     ]
-    assert built == [(6, tmp_path, 3)]
+
+
+def test_options_become_sources_and_sources_are_built(asked, tmp_path):
+    """--op and --arch multiply; commas and repetition both list; each is built for inference and for training."""
+    build(LINE, tmp_path)
+    assert asked == {
+        "inference": calls({"stages": 3}),
+        "training": calls({"keep": "states"}),
+        "built": [(12, tmp_path, 3)],
+    }
+
+
+def test_training_has_choices_of_its_own_or_is_left_out(asked, tmp_path):
+    build(f"{LINE} --keep all --training-schedule segment=4", tmp_path)
+    assert asked["training"] == calls({"keep": "all", "segment": 4})
+    build(f"{LINE} --inference-only", tmp_path)
+    assert len(asked["training"]) == 6 and asked["built"][1] == (6, tmp_path, 3)
 
 
 def test_without_a_terminal_progress_is_plain_lines(capsys):
@@ -80,7 +106,7 @@ def test_without_a_terminal_progress_is_plain_lines(capsys):
     with progress.Progress().over(jobs, done={"a"}) as say:
         say("b", "lowering")
         say("b", "done")
-    assert capsys.readouterr().err == "[1/2] two (sm90): lowering\n[2/2] two (sm90): done\n"
+    assert capsys.readouterr().err == "[1/2] two (sm90, training): lowering\n[2/2] two (sm90, training): done\n"
 
 
 def test_nothing_to_do_shows_nothing(capsys):
@@ -91,7 +117,7 @@ def test_nothing_to_do_shows_nothing(capsys):
 
 
 def progress_job(name):
-    return SimpleNamespace(name=name, target="sm90")
+    return SimpleNamespace(name=name, target="sm90", training=name == "two")
 
 
 def test_what_spills_is_warned_of():

@@ -6,7 +6,9 @@ import threading
 import pytest
 import torch
 import toy
+import toy_training
 
+from kdagen.errors import ArgumentError
 from kdagen.runtime import loader, manifest
 from kdagen.runtime.loader import LoadedOp
 from kdagen.runtime.package import BuiltOp
@@ -38,7 +40,17 @@ def write_variant(folder, source):
 @pytest.fixture
 def op(tmp_path, monkeypatch):
     """The toy op whose kernels note what they are given."""
-    loaded = loader.load_op(write_variant(tmp_path, toy.toy()))
+    return noting(tmp_path, monkeypatch, toy.toy())
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """The same of the toy op for training."""
+    return noting(tmp_path, monkeypatch, toy_training.toy())
+
+
+def noting(tmp_path, monkeypatch, source) -> LoadedOp:
+    loaded = loader.load_op(write_variant(tmp_path, source))
     loaded.calls = []
     functions = {
         k["name"]: lambda *tensors, name=k["name"]: loaded.calls.append((name, tensors)) for k in loaded.plan["kernels"]
@@ -89,6 +101,55 @@ def test_no_token_keeps_the_state_and_launches_nothing(op, state):
     assert torch.equal(results["final_state"], torch.zeros(2, 3, 16, 64) if state is None else state)
 
 
+def training_tensors(t=37, **more) -> dict:
+    return tensors(t=t, a=torch.zeros(3), **more)
+
+
+def test_a_forward_in_training_returns_what_it_keeps(trained):
+    results = trained.launch(training_tensors())
+    assert [name for name, _ in trained.calls] == ["toy_scan"]
+    assert trained.training and trained.kept == ("w",)
+    assert tuple(results["w"].shape) == (2, 3, 3, 16, 64)
+    assert not {"d_S_w", "d_x_out", "d_initial_state"} & results.keys()  # the backward's own
+
+
+def test_a_backward_makes_gradients_from_what_was_kept(trained):
+    kept, d_out = trained.launch(training_tensors())["w"], torch.ones(2, 37, 3, 64, dtype=torch.bfloat16)
+    trained.calls.clear()
+    results = trained.launch(training_tensors(w=kept, d_o_in=d_out), "backward")
+    (first, reverse), (second, gradients) = trained.calls
+    assert (first, second) == ("toy_reverse", "toy_gradients")
+    assert torch.equal(reverse[0], torch.zeros(2, 3, 64, 64))  # no cotangent of the final state: zero
+    assert tuple(reverse[1].shape) == (2, 3, 3, 64, 64)  # 3 chunks, 2 a segment: 2 starts and the end
+    assert gradients[3] is kept and gradients[4] is d_out and gradients[5] is reverse[1]
+    assert not {"o", "final_state", "initial_state"} & results.keys()
+    results["d_a_out"][:] = torch.arange(18.0).view(2, 3, 3)
+    found = trained.gradients(results)
+    assert found["x"] is results["d_x_out"] and found["g"] is results["d_g_out"]
+    assert found["a"].tolist() == [0 + 1 + 2 + 9 + 10 + 11, 3 + 4 + 5 + 12 + 13 + 14, 6 + 7 + 8 + 15 + 16 + 17]
+
+
+def test_a_backward_without_what_was_kept_is_refused(trained):
+    with pytest.raises(ArgumentError, match="toy: the backward lacks w: expected what the forward's launch returned"):
+        trained.launch(training_tensors(), "backward")
+
+
+def test_with_no_token_the_cotangent_of_the_state_stays_and_gradients_are_zero(trained):
+    kept, d_final = torch.empty(2, 3, 0, 16, 64, dtype=torch.bfloat16), torch.rand(2, 3, 64, 64)
+    results = trained.launch(training_tensors(t=0, w=kept, d_final_state=d_final), "backward")
+    assert trained.calls == []
+    assert torch.equal(results["d_initial_state"], d_final)
+    assert torch.equal(trained.gradients(results)["a"], torch.zeros(3))
+    assert trained.gradients(results)["x"].shape == (2, 0, 3, 64)
+
+
+def test_a_plan_from_before_there_were_passes_still_runs(op):
+    del op.plan["passes"], op.plan["kept"]
+    op.launch(tensors())
+    assert [name for name, _ in op.calls] == ["toy_prepare", "toy_scan"]
+    assert not op.training and op.kept == ()
+
+
 def test_libraries_are_opened_once_whichever_thread_comes_first(tmp_path, monkeypatch):
     loaded, opened, barrier = loader.load_op(write_variant(tmp_path, toy.toy())), [], threading.Barrier(8)
     monkeypatch.setattr(LoadedOp, "_open", lambda self, kernel: opened.append(kernel["name"]))
@@ -108,8 +169,17 @@ def test_the_variant_that_fits_the_gpu_is_picked(tmp_path):
     assert op.fitting(tensors(), "9.0").plan["target"] == "sm90"
 
 
+def test_training_and_inference_have_kernels_of_their_own(tmp_path):
+    write_variant(tmp_path, toy_training.toy())
+    op = BuiltOp(tmp_path / "toy")
+    with pytest.raises(ArgumentError, match="no kernels of toy are in .*toy: build some with `kdagen build --op toy`"):
+        op.fitting(training_tensors(), "9.0")
+    assert op.fitting(training_tensors(), "9.0", training=True).training
+
+
 def test_a_variant_names_target_dtype_dims_and_what_differs():
     assert manifest.variant(toy.toy().plan()) == "sm90-bf16-64x64-g.fp32"
+    assert manifest.variant(toy_training.toy().plan()) == "sm90-bf16-64x64-g.fp32-training"
 
 
 def test_the_digest_tells_kernels_apart():
