@@ -27,6 +27,7 @@ class Buffer:
     dtype: str
     scope: str  # "global", "shared" or "fragment" (registers, spread over the block)
     role: str = ""
+    alias: str = ""  # the buffer of the same shape whose place it takes, once that is no longer needed
 
     @property
     def bytes(self) -> int:
@@ -51,7 +52,7 @@ class Map:
     """For every index in `loops`, in parallel: bind `lets`, then make the assignments.
 
     With `serial` = (name, first, end) the assignments run in that order for each parallel index.
-    With `where`, only indices satisfying it are assigned.
+    With `where`, only indices satisfying it are assigned; `every` says of how many chunks one satisfies it.
     """
 
     loops: tuple[tuple[str, int], ...]
@@ -59,6 +60,7 @@ class Map:
     lets: tuple[tuple[str, str], ...] = ()
     serial: tuple[str, int, int] | None = None
     where: str = ""
+    every: int = 1
     eq: str = ""
 
 
@@ -138,10 +140,15 @@ class Kernel:
         return tuple(b for b in self.buffers if b.scope == "global")
 
     @property
+    def allocated(self) -> tuple[Buffer, ...]:
+        """Buffers with a place of their own."""
+        return tuple(b for b in self.buffers if not b.alias)
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory a block needs, loaded buffers once a stage."""
         staged = {base(s.dst) for s in self.loads if isinstance(s, Copy)}
-        return sum(b.bytes * (self.stages if b.name in staged else 1) for b in self.buffers if b.scope == "shared")
+        return sum(b.bytes * (self.stages if b.name in staged else 1) for b in self.allocated if b.scope == "shared")
 
 
 def base(region: str) -> str:

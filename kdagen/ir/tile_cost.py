@@ -29,11 +29,11 @@ def _tiles(kernel: Kernel) -> int:
     return int(factor.split()[0])
 
 
-def _moved(kernel: Kernel, statement: Statement) -> int:
+def _moved(kernel: Kernel, statement: Statement) -> float:
     known = {b.name: b for b in kernel.params}
     if isinstance(statement, Copy):
         return sum(_region_bytes(text, known[base(text)]) for text, _ in texts(statement) if base(text) in known)
-    return sum(_element_bytes(statement, known)) if isinstance(statement, Map) else 0
+    return sum(_element_bytes(statement, known)) / statement.every if isinstance(statement, Map) else 0
 
 
 def _element_bytes(statement: Map, known: dict[str, Buffer]):

@@ -1,0 +1,54 @@
+"""The reverse scan: the state's cotangent from the last chunk to the first.
+
+It has the products and the layout of the forward scan (the cotangent transposed, in registers), reads the cotangent of
+the output in place of values, and keeps its own state only where a segment of chunks ends.
+"""
+
+from __future__ import annotations
+
+from kdagen.ir.tensor import Adjoint
+from kdagen.ir.tile import Buffer, Kernel
+from kdagen.lower.scan import scan_kernel, state_buffer
+from kdagen.lower.step import Carried, Step
+from kdagen.lower.workspace import Part, Workspace
+from kdagen.schedule import TrainingSchedule
+
+LAST_FIRST = "NC - 1 - n"  # the chunk that iteration n takes
+
+
+def lower_reverse(
+    adjoint: Adjoint, workspace: Workspace, schedule: TrainingSchedule, arguments: dict[str, Buffer]
+) -> Kernel:
+    """The reverse scan: one block a (V tile, head, sequence), chunk after chunk from the last.
+
+    Slot s of d_S_w [B, H, NE, V, K] is left the cotangent of the state where segment s begins, the last slot that of
+    the final state; slot 0, which nothing reads, is left alone.
+    """
+    d_out, carried = adjoint.d_out, Carried(adjoint.d_state.name, adjoint.d_next_state, adjoint.d_state)
+    parts = {d_out.name: (Part("d_o", d_out, True),)}
+    step = Step(workspace, schedule, adjoint.reverse, carried, parts=parts)
+    loads = step.loads(LAST_FIRST)
+    kept = state_buffer(adjoint.d_state, workspace, "NE")
+    body = step.lower(_keep_cotangent(step, kept.name, schedule.segment))
+    given = Buffer("d_o_in", ("B", "T", "H", workspace.dims["V"]), workspace.dtype, "global", "d_out")
+    return scan_kernel(
+        f"{adjoint.forward.canonical.name}_reverse",
+        "reverse",
+        step,
+        schedule,
+        [given, kept],
+        (loads, body, []),
+        step.read_from("d_final_state", eq="d_S = d_S_T"),
+        step.write_to("d_initial_state", eq="d_S_0"),
+    )
+
+
+def _keep_cotangent(step: Step, workspace: str, segment: int):
+    """Before the last chunk of a segment: what the chunks that follow owe to the state between them."""
+    return step.keep(
+        workspace,
+        f"(NC - n + {segment - 1}) // {segment}",
+        where=f"(n == 0) | ((NC - n) % {segment} == 0)",
+        every=segment,
+        eq="the cotangent of the state after the segment, before its last chunk",
+    )
