@@ -89,9 +89,15 @@ def lower(prim_func, target: Target) -> Lowered:
     """The kernel's source for `target` (no GPU and no compiler needed), and its launch."""
     with _tilelang(f"lowering {_name(prim_func)} for {target.name}") as tilelang:
         tvm_target = _tvm_target(target)
-        with tvm_target:
+        with tvm_target, tilelang.tvm.transform.PassContext(config=_config(prim_func)):
             artefact = tilelang.lower(prim_func, target=tvm_target)
         return _lowered(prim_func, artefact)
+
+
+def _config(prim_func) -> dict:
+    """Options of TileLang's passes that a generated program asks for."""
+    merge = (prim_func.attrs or {}).get("merge_shared_memory")
+    return {"tl.enable_aggressive_shared_memory_merge": True} if merge == "aggressive" else {}
 
 
 def specialised(prim_func, target: Target):

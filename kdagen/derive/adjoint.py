@@ -150,8 +150,9 @@ class Tape:
         for kept, parts in owed.sums.items():
             self.reduce(value, owed, kept, parts)
         if owed.terms:
-            add = self.elementwise(value, owed, "_e") if owed.values or owed.maps else None
-            return self.add(MatMul(self.fresh(value), tuple(owed.terms), add, f"cotangent of {value.name}"))
+            alone = not (owed.values or owed.maps)
+            out = self.fresh(value, "" if alone else "_products")
+            owed.values.append(self.add(MatMul(out, tuple(owed.terms), eq=f"cotangent of {value.name}")))
         return self.elementwise(value, owed)
 
     def elementwise(self, value: Value, owed: Owed, suffix: str = "") -> Value:
@@ -187,11 +188,14 @@ class Tape:
     def state(self, state: Value) -> Value:
         """The cotangent of the state before the chunk, made by an op of its own whatever the recurrence."""
         owed = self.open.pop(state, Owed())
-        if not owed.terms and not owed.maps and not owed.sums:  # nothing reads it, and it does not decay
+        if not owed.terms and not owed.maps:  # nothing reads it, and it does not decay
             value = owed.values[0] if owed.values else None
             operands = {value: indices(value)} if value else {}
             return self.elements(self.fresh(state), value.symbol if value else sympy.S.Zero, operands, "state's")
-        return self.total(state, owed)
+        if not owed.terms:
+            return self.elementwise(state, owed)
+        add = self.elementwise(state, owed, "_kept") if owed.values or owed.maps else None
+        return self.add(MatMul(self.fresh(state), tuple(owed.terms), add, f"cotangent of {state.name}"))
 
 
 # -- rules

@@ -27,7 +27,6 @@ class Buffer:
     dtype: str
     scope: str  # "global", "shared" or "fragment" (registers, spread over the block)
     role: str = ""
-    alias: str = ""  # the buffer of the same shape whose place it takes, once that is no longer needed
 
     @property
     def bytes(self) -> int:
@@ -130,6 +129,7 @@ class Kernel:
     doc: tuple[str, ...] = field(default=())
     chunk_size: int = 0
     segment: int = 1  # chunks that a block of a gradients kernel takes
+    merged: bool = False  # whether shared buffers of one chunk may take each other's places, as their uses allow
 
     @property
     def statements(self) -> tuple[Statement, ...]:
@@ -140,15 +140,22 @@ class Kernel:
         return tuple(b for b in self.buffers if b.scope == "global")
 
     @property
-    def allocated(self) -> tuple[Buffer, ...]:
-        """Buffers with a place of their own."""
-        return tuple(b for b in self.buffers if not b.alias)
-
-    @property
     def shared_bytes(self) -> int:
-        """Shared memory a block needs, loaded buffers once a stage."""
+        """Shared memory a block needs: loaded buffers once a stage; where they are merged, what is in use at once."""
+        if self.merged:
+            return max(sum(b.bytes for b in tiles) for tiles in self.in_use())
         staged = {base(s.dst) for s in self.loads if isinstance(s, Copy)}
-        return sum(b.bytes * (self.stages if b.name in staged else 1) for b in self.allocated if b.scope == "shared")
+        return sum(b.bytes * (self.stages if b.name in staged else 1) for b in self.buffers if b.scope == "shared")
+
+
+    def in_use(self) -> Iterator[list[Buffer]]:
+        """The shared buffers in use at each statement of a chunk: from the first that touches one to the last."""
+        touched = [reads(s) | writes(s) for s in self.loads + self.body + self.stores]
+        first = {name: i for i, names in reversed(list(enumerate(touched))) for name in names}
+        last = {name: i for i, names in enumerate(touched) for name in names}
+        shared = [b for b in self.buffers if b.scope == "shared" and b.name in first]
+        for i in range(len(touched)):
+            yield [b for b in shared if first[b.name] <= i <= last[b.name]]
 
 
 def base(region: str) -> str:

@@ -10,6 +10,8 @@ results and operands are tiles in shared memory, all else are expressions.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from kdagen.errors import ScheduleError
 from kdagen.ir.tensor import (
     Adjoint,
@@ -20,7 +22,6 @@ from kdagen.ir.tensor import (
     Load,
     MatMul,
     RowSum,
-    Span,
     Spread,
     Value,
     reads,
@@ -75,6 +76,7 @@ def lower_gradients(
         stores=(),
         chunk_size=schedule.chunk_size,
         segment=schedule.segment,
+        merged=True,
     )
 
 
@@ -139,20 +141,28 @@ class Gradients(Prepare):
         self.define_state(self.d_next, tile)
         if any(self.adjoint.d_out in reads(op) for op in self.ops):
             self.load_values("d_o_in", self.adjoint.d_out, "cotangent of the output")
-        last = [op for op in self.ops if self.d_state in (getattr(op, "out", None), self.next_of(op))]
-        for op in self.ops:
-            if op not in last:
-                self.lower(op)
+        for op in self.order():
+            (self.step if op in self.steps else self.lower)(op)
         for argument, value in self.adjoint.results:
             if value is not None:
                 self.write(argument, value)
-        for op in last:
-            self.step(op)
 
-    def next_of(self, op) -> Value | None:
-        """The state's new cotangent, for the op that only serves to add it up."""
-        adds = {op.add: op.out for op in self.adjoint.reverse if isinstance(op, MatMul)}
-        return adds.get(getattr(op, "out", None))
+    def order(self) -> tuple:
+        """Every op after its operands, and as early as possible those after which a state's tile is free again."""
+        states = {self.state, self.d_next}
+        early = [op for op in self.adjoint.gradients if states & set(reads(op))]
+        sums = {op.out for op in early if isinstance(op, TensorMap)}
+        early += [op for op in self.adjoint.gradients if sums & set(reads(op))]
+        rest = [op for op in self.adjoint.gradients if op not in early]
+        return (*self.adjoint.recompute, *self.adjoint.reverse, *early, *rest)
+
+    @cached_property
+    def steps(self) -> tuple:
+        """The ops that make the state's next cotangent: its product, and the decay of what is added."""
+        makes = {op.out: op for op in self.adjoint.reverse}
+        last = makes[self.d_state]
+        added = makes.get(last.add) if isinstance(last, MatMul) else None
+        return (added, last) if added else (last,)
 
     def lower(self, op) -> None:
         handler = self.handlers.get(type(op))
@@ -202,7 +212,7 @@ class Gradients(Prepare):
             entry = self.access[op.add.name]("i", "j")
             self.block.add(Map((("i", shape[0]), ("j", shape[1])), ((f"{acc}[i, j]", entry),), eq=op.add.name))
         self.products(op, acc, clear=op.add is None)
-        as_operand = op.out.dims[1] == "V" or not self.elementwise(op.out)
+        as_operand = op.out.dims[0] != op.out.dims[1] or not self.elementwise(op.out)
         tile = self.block.shared(op.out.name, *shape, dtype=self.dtype if as_operand else "float32")
         self.block.add(Copy(tile, acc))
         if as_operand:
