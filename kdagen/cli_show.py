@@ -6,12 +6,13 @@ import click
 
 from kdagen.cli_build import choices, pair
 
-STAGES = ("recurrence", "canonical", "tensor", "tile", "tilelang")
+STAGES = ("recurrence", "canonical", "tensor", "adjoint", "tile", "tilelang")
 
 
 @click.command("show")
 @click.argument("name")
 @click.option("--stage", type=click.Choice(STAGES), default="tilelang", show_default=True)
+@click.option("--backward", is_flag=True, help="What is made for training: the kernels of both passes, the adjoint.")
 @click.option("--arch", default="sm90", show_default=True)
 @click.option("--head-dim", default="128", show_default=True, help="K, or K,V; 64, 128 or 256 each.")
 @click.option("--dtype", default="bfloat16", show_default=True)
@@ -19,14 +20,15 @@ STAGES = ("recurrence", "canonical", "tensor", "tile", "tilelang")
 @click.option(
     "--templates", multiple=True, type=click.Path(exists=True, file_okay=False), help="Skeletons of your own."
 )
-def command(name, stage, arch, head_dim, dtype, schedule, templates) -> None:
+def command(name, stage, backward, arch, head_dim, dtype, schedule, templates) -> None:
     """Print what a stage of the compiler makes of NAME (of the zoo, or file.py:name)."""
-    from kdagen.pipeline import compile_stages
+    from kdagen import pipeline
     from kdagen.recurrence import load
 
     recurrence = load(name)
     dims = pair("--head-dim", head_dim)
-    made = compile_stages(recurrence, dims, dtype, arch, choices(schedule), template_folders=templates)
+    make = pipeline.compile_training_stages if backward or stage == "adjoint" else pipeline.compile_stages
+    made = make(recurrence, dims, dtype, arch, choices(schedule), template_folders=templates)
     click.echo(text(recurrence, made, stage))
 
 
@@ -41,6 +43,7 @@ def text(recurrence, made, stage: str) -> str:
         "recurrence": lambda: str(recurrence),
         "canonical": lambda: json.dumps(to_json(made.canonical), indent=2),
         "tensor": lambda: tensor_show.show(made.program),
+        "adjoint": lambda: tensor_show.show_adjoint(made.adjoint),
         "tile": lambda: "\n\n".join(map(tile.show, made.kernels)),
         "tilelang": lambda: "\n".join(k.text for k in made.source.kernels),
     }[stage]()

@@ -13,7 +13,7 @@ from functools import cached_property
 import sympy
 
 from kdagen.ir.canonical import Argument, Canonical, Intra, Reader
-from kdagen.ir.tensor import Gram, Load, MatMul, Program
+from kdagen.ir.tensor import Adjoint, Gram, Load, MatMul, Program
 from kdagen.ir.tensor_cost import C, K, V, cost
 from kdagen.ir.tensor_equations import Latex, Plain
 from kdagen.recurrence import Recurrence
@@ -43,6 +43,12 @@ class Derived:
         return chunk_form(self.canonical)
 
     @cached_property
+    def adjoint(self) -> Adjoint:
+        from kdagen.derive.adjoint import adjoint
+
+        return adjoint(self.program)
+
+    @cached_property
     def grams(self) -> list[Gram]:
         return [op for op in self.program.prepare if isinstance(op, Gram)]
 
@@ -67,7 +73,7 @@ def explain(recurrence: Recurrence) -> str:
         "Cost": cost_text(d),
         "Decays": decay_text(d.canonical),
     }
-    return "\n".join(f"{heading}\n{indented(text)}" if heading else f"{text}\n" for heading, text in sections.items())
+    return joined(sections)
 
 
 def latex(recurrence: Recurrence) -> str:
@@ -80,6 +86,11 @@ def latex(recurrence: Recurrence) -> str:
 
 
 # -- layout
+
+
+def joined(sections: dict[str, str]) -> str:
+    """Texts under their headings."""
+    return "\n".join(f"{heading}\n{indented(text)}" if heading else f"{text}\n" for heading, text in sections.items())
 
 
 def indented(text: str) -> str:
@@ -182,10 +193,14 @@ def secondary_text(d: Derived) -> str:
 
 
 def cost_text(d: Derived) -> str:
-    rows = [("", "formula", *(f"C={n}, K=V={HEAD_DIM}" for n in CHUNKS))]
-    rows += [(label, T * formula, *(number(formula, n) for n in CHUNKS)) for label, formula in cost_rows(d)]
     note = "formulas are for T tokens of one head, numbers for one token; bytes with 2-byte tensors and fp32 states"
-    return f"{table(rows)}\n\n{note}"
+    return f"{cost_table(cost_rows(d))}\n\n{note}"
+
+
+def cost_table(labelled: list[tuple[str, sympy.Expr]]) -> str:
+    """Formulas, and numbers for two sizes of chunks."""
+    rows = [("", "formula", *(f"C={n}, K=V={HEAD_DIM}" for n in CHUNKS))]
+    return table(rows + [(label, T * f, *(number(f, n) for n in CHUNKS)) for label, f in labelled])
 
 
 def cost_rows(d: Derived) -> list[tuple[str, sympy.Expr]]:

@@ -12,7 +12,24 @@ from dataclasses import dataclass
 
 import sympy
 
-from kdagen.ir.tensor import Decay, Gram, Load, Map, MatMul, Op, Program, RowSum, SolveTril, Value, reads, writes
+from kdagen.ir.tensor import (
+    Adjoint,
+    ColSum,
+    Decay,
+    Gram,
+    GramAdjoint,
+    Load,
+    Map,
+    MatMul,
+    Op,
+    Program,
+    RowSum,
+    SolveTril,
+    Spread,
+    Value,
+    reads,
+    writes,
+)
 
 C, K, V = sympy.symbols("C K V", positive=True)
 OPERAND_BYTES = 2  # bfloat16 or float16
@@ -67,6 +84,38 @@ def cost(program: Program) -> Cost:
     return Cost(**{n: sympy.expand(e) for n, e in (total | {n: bytes_of(v) for n, v in traffic.items()}).items()})
 
 
+@dataclass(frozen=True)
+class BackwardCost:
+    """FLOPs and bytes of an adjoint, a token a head; FLOPs of each section and of each kind add up to the same."""
+
+    recompute: sympy.Expr
+    reverse: sympy.Expr
+    gradients: sympy.Expr
+    products: sympy.Expr
+    solve: sympy.Expr
+    elementwise: sympy.Expr
+    least_bytes: sympy.Expr  # each argument and the output's cotangent read once, each gradient written once
+
+    @property
+    def flops(self) -> sympy.Expr:
+        return sympy.expand(self.recompute + self.reverse + self.gradients)
+
+
+def backward_cost(adjoint: Adjoint) -> BackwardCost:
+    """The cost of an adjoint."""
+    sections = {name: getattr(adjoint, name) for name in ("recompute", "reverse", "gradients")}
+    ops = [op for section in sections.values() for op in section]
+    kinds = {kind: sum((f(op) for op in ops), sympy.S.Zero) / C for kind, f in COUNTS.items()}
+    flops = {
+        name: sum((f(op) for op in section for f in COUNTS.values()), sympy.S.Zero) / C
+        for name, section in sections.items()
+    }
+    tokens = [op.out for op in adjoint.recompute if isinstance(op, Load) and op.argument.per_token]
+    written = [value for argument, value in adjoint.results if value and argument.per_token]
+    moved = bytes_of([*tokens, adjoint.d_out, *written])
+    return BackwardCost(**{n: sympy.expand(e) for n, e in (flops | kinds | {"least_bytes": moved}).items()})
+
+
 def size(value: Value) -> sympy.Expr:
     """Elements of a value, for one chunk of one head."""
     extents = {"C": C, "K": K, "V": V}
@@ -87,6 +136,8 @@ def products(op: Op) -> sympy.Expr:
     """FLOPs in matrix products."""
     if isinstance(op, Gram):
         return 2 * C**2 * K * len(op.readers) * len(op.writers)
+    if isinstance(op, GramAdjoint):  # each matrix with its columns' operand, and transposed with its rows'
+        return 4 * C**2 * K * sum(v is not None for row in op.d_outs for v in row)
     if not isinstance(op, MatMul):
         return sympy.S.Zero
     inner = (Value("", (t.a.dims[0 if t.transpose_a else 1],)) for t in op.terms)
@@ -103,8 +154,10 @@ def elementwise(op: Op) -> sympy.Expr:
     match op:
         case Map():
             return op.expr.count_ops() * size(op.out)
-        case RowSum():
+        case RowSum() | ColSum() | Spread():
             return size(op.a)
+        case GramAdjoint() if op.d_g:  # operands times their cotangents, summed over spans of tokens
+            return sum((2 * size(v) for v in (*op.d_readers, *op.d_writers)), size(op.d_g))
         case Decay():
             return 2 * size(op.out)  # a sum and an exponential
         case MatMul() if op.add:

@@ -10,7 +10,22 @@ from collections.abc import Iterable
 
 import sympy
 
-from kdagen.ir.tensor import Decay, Gram, Interleave, Map, MatMul, Op, RowSum, SolveTril, Span, Value
+from kdagen.ir.tensor import (
+    ColSum,
+    Decay,
+    Deinterleave,
+    Gram,
+    GramAdjoint,
+    Interleave,
+    Map,
+    MatMul,
+    Op,
+    RowSum,
+    SolveTril,
+    Span,
+    Spread,
+    Value,
+)
 
 CHANNEL = {"i": "i", "j": "j", "k": "d", "v": "e"}  # k and v are names of keys and values as well
 INDEX = {"C": "i", "K": "d", "V": "e"}
@@ -23,7 +38,8 @@ class Plain:
         """One or more equations an op; loads have none."""
         rules = {
             Map: self.map, RowSum: self.row_sum, Decay: self.decay, Gram: self.gram,
-            Interleave: self.interleave, SolveTril: self.solve, MatMul: self.matmul,
+            Interleave: self.interleave, SolveTril: self.solve, MatMul: self.matmul, ColSum: self.col_sum,
+            Spread: self.spread, GramAdjoint: self.gram_adjoint, Deinterleave: self.deinterleave,
         }  # fmt: skip
         return [self.equation(*sides) for op in ops if type(op) in rules for sides in rules[type(op)](op)]
 
@@ -42,10 +58,13 @@ class Plain:
         return str(expr.xreplace({s: sympy.Symbol(text) for s, text in elements.items()}))
 
     def summed(self, index: str, terms: str) -> str:
-        return f"sum_{index} {terms}"
+        return f"sum_{index} {terms}" if len(index) == 1 else f"sum_({index}) {terms}"
+
+    def span(self, g: Value, first: str, last: str, *channel: str) -> str:
+        return f"{self.at(g, first, *channel)} + .. + {self.at(g, last, *channel)}"
 
     def exp_sum(self, g: Value, first: str, last: str, *channel: str) -> str:
-        return f"exp({self.at(g, first, *channel)} + .. + {self.at(g, last, *channel)})"
+        return f"exp({self.span(g, first, last, *channel)})"
 
     def where(self, text: str, condition: str) -> str:
         return f"{text}   for {condition}"
@@ -59,7 +78,11 @@ class Plain:
     def stacked(self, parts: list[list[str]]) -> str:
         return "rows of " + "; ".join(", ".join(row) for row in parts) + " interleaved token by token"
 
+    def part(self, text: str, **which: int) -> str:
+        return f"{' and '.join(f'{name} of stream {n}' for name, n in which.items())} of {text}"
+
     up_to, below = "j <= i", "j < i"
+    runs_over = {True: "j < l <= i", False: "j < l < i"}  # token l, by whether the reader is after its own decay
 
     # -- ops, as pairs of left and right
 
@@ -68,8 +91,17 @@ class Plain:
         yield self.at(op.out, *(CHANNEL[i] for i in op.indices)), self.expr(op.expr, elements)
 
     def row_sum(self, op: RowSum):
-        channel = INDEX[op.a.dims[-1]]
-        yield self.at(op.out, "i"), self.summed(channel, self.at(op.a, "i", channel))
+        *left, summed = indices(op.a)
+        yield self.at(op.out, *left), self.summed(summed, self.at(op.a, *left, summed))
+
+    def col_sum(self, op: ColSum):
+        summed, *left = indices(op.a)
+        yield self.at(op.out, *left), self.summed(summed, self.at(op.a, summed, *left))
+
+    def spread(self, op: Spread):
+        first, last = {Span.THROUGH: ("i", "C"), Span.BEFORE: ("i+1", "C"), Span.REST: ("1", "i-1")}[op.span]
+        channel = indices(op.a)[1:]
+        yield self.at(op.out, "i", *channel), self.span(op.a, first, last, *channel)
 
     def decay(self, op: Decay):
         first, last = {
@@ -89,6 +121,50 @@ class Plain:
                 condition = self.up_to if diagonal else self.below
                 yield self.at(out, "i", "j"), self.where(self.summed("d", terms), condition)
 
+    def gram_adjoint(self, op: GramAdjoint):
+        """Each operand's cotangent, a sum of one term a matrix that it is in; then that of the log decays."""
+        for r, d_reader in enumerate(op.d_readers):
+            terms = [self.summed(cond, f"{d} {x} {w}".rstrip()) for q, _, d, _, x, w, cond in self.pairs(op) if q == r]
+            yield self.at(d_reader, "i", "d"), " + ".join(terms)
+        for s, d_writer in enumerate(op.d_writers):
+            terms = [
+                self.summed(self.later(cond), f"{d} {z} {w}".rstrip())
+                for _, q, d, z, _, w, cond in self.pairs(op)
+                if q == s
+            ]
+            yield self.at(d_writer, "j", "d"), " + ".join(terms)
+        if op.d_g:
+            channels, over = indices(op.d_g)[1:], () if len(op.d_g.dims) > 1 else ("d",)
+            terms = [
+                self.summed(", ".join((self.runs_over[op.gram.after[r]], *over)), f"{d} {z} {x} {w}")
+                for r, _, d, z, x, w, _ in self.pairs(op)
+            ]
+            yield self.at(op.d_g, "l", *channels), " + ".join(terms)
+
+    def pairs(self, op: GramAdjoint):
+        """(reader, writer, cotangent[i,j], z[i,d], x[j,d], decay from j to i, condition) of each matrix that counts."""
+        gram = op.gram
+        for r, (z, row) in enumerate(zip(gram.readers, op.d_outs, strict=True)):
+            for s, (x, d) in enumerate(zip(gram.writers, row, strict=True)):
+                if d:
+                    last = "i" if gram.after[r] else "i-1"
+                    decay = self.exp_sum(gram.g, "j+1", last, *indices(gram.g)[1:]) if gram.g else ""
+                    condition = self.up_to if gram.diagonal[r][s] else self.below
+                    yield r, s, self.at(d, "i", "j"), self.at(z, "i", "d"), self.at(x, "j", "d"), decay, condition
+
+    def later(self, condition: str) -> str:
+        """The same condition on i."""
+        return {self.up_to: self.from_on, self.below: self.above}[condition]
+
+    from_on, above = "i >= j", "i > j"
+
+    def deinterleave(self, op: Deinterleave):
+        for r, row in enumerate(op.outs):
+            for s, out in enumerate(row):
+                rows = {"rows": r + 1} if len(op.outs) > 1 else {}
+                columns = {"columns": s + 1} if len(row) > 1 else {}
+                yield self.name(out), self.part(self.name(op.a), **rows, **columns)
+
     def interleave(self, op: Interleave):
         yield self.name(op.out), self.stacked([[self.name(v) for v in row] for row in op.parts])
 
@@ -106,10 +182,17 @@ class Plain:
         return self.transposed(self.name(value)) if transposed else self.name(value)
 
 
+def indices(value: Value) -> list[str]:
+    """A name for each dimension; tokens in columns are j."""
+    names = [INDEX.get(d, "i") for d in value.dims]
+    return ["i", "j"] if names == ["i", "i"] else names
+
+
 class Latex(Plain):
     """The same as lines of an align environment; `document` makes them a file that compiles."""
 
-    up_to, below = r"j \le i", "j < i"
+    up_to, below, from_on, above = r"j \le i", "j < i", r"i \ge j", "i > j"
+    runs_over = {True: r"j < l \le i", False: "j < l < i"}
 
     def document(self, title: str, sections: dict[str, Iterable[Op]]) -> str:
         """A whole article, one heading a section."""
@@ -125,9 +208,11 @@ class Latex(Plain):
         return f"{left} &= {right}"
 
     def name(self, value: Value) -> str:
-        """Letters, then digits and what follows an underscore as a subscript; a trailing underscore is a prime."""
+        """Letters; digits and what follows an underscore as a subscript; a last underscore is a prime, d_ is a bar."""
         if value.name in STATES:
             return STATES[value.name]
+        if value.name.startswith("d_") and len(value.name) > 2:
+            return rf"\overline{{{self.name(Value(value.name[2:], value.dims))}}}"
         letters, digits, rest = re.fullmatch(r"([^\W\d_]*)(\d*)_?(.*)", value.name).groups()
         word = rf"\{letters}" if letters in GREEK else letters if len(letters) == 1 else rf"\mathrm{{{letters}}}"
         subscript = _escaped(digits + rest.rstrip("_"))
@@ -145,8 +230,11 @@ class Latex(Plain):
     def summed(self, index, terms):
         return rf"\sum_{{{index}}} {terms}"
 
+    def span(self, g, first, last, *channel):
+        return rf"\sum_{{t={first}}}^{{{last}}} {self.at(g, 't', *channel)}"
+
     def exp_sum(self, g, first, last, *channel):
-        return rf"e^{{\sum_{{t={first}}}^{{{last}}} {self.at(g, 't', *channel)}}}"
+        return rf"e^{{{self.span(g, first, last, *channel)}}}"
 
     def where(self, text, condition):
         return rf"{text}, \quad {condition}"
@@ -156,6 +244,9 @@ class Latex(Plain):
 
     def inverse(self, text):
         return rf"(I - {text})^{{-1}}"
+
+    def part(self, text, **which):
+        return rf"\operatorname{{part}}_{{{','.join(map(str, which.values()))}}}\left({text}\right)"
 
     def stacked(self, parts):
         return r"\operatorname{interleave}" + rf"\left({'; '.join(', '.join(row) for row in parts)}\right)"

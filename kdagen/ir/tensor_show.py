@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import sympy
 
-from kdagen.ir.tensor import Decay, Gram, Interleave, Load, Map, MatMul, Op, Program, RowSum, SolveTril, Value, reads
+from kdagen.ir.tensor import (
+    Adjoint,
+    ColSum,
+    Decay,
+    Deinterleave,
+    Gram,
+    GramAdjoint,
+    Interleave,
+    Load,
+    Map,
+    MatMul,
+    Op,
+    Program,
+    RowSum,
+    SolveTril,
+    Spread,
+    Value,
+    reads,
+    writes,
+)
 
 
 def show(program: Program) -> str:
     """The program, section by section."""
     state, after, out = (_typed(v) for v in (program.state, program.next_state, program.out))
-    lines = [f"program {program.canonical.name}: {state} -> {after}, {out}"]
-    for section in ("prepare", "scan", "output"):
+    return _text(f"program {program.canonical.name}: {state} -> {after}, {out}", program, "prepare", "scan", "output")
+
+
+def show_adjoint(adjoint: Adjoint) -> str:
+    """The backward, section by section."""
+    given = ", ".join(_typed(v) for v in (adjoint.d_out, adjoint.d_next_state))
+    made = {f"d {a.name}": v.name if v else "0" for a, v in adjoint.results}
+    results = ", ".join(f"{name} = {value}" for name, value in made.items())
+    head = f"adjoint {adjoint.forward.canonical.name}: {given} -> {_typed(adjoint.d_state)}; {results}"
+    return _text(head, adjoint, "recompute", "reverse", "gradients")
+
+
+def _text(head: str, program, *sections: str) -> str:
+    lines = [head]
+    for section in sections:
         ops = [(_left(op), _right(op), op.eq) for op in getattr(program, section)]
         lines += ["", f"{section}:"] + [_line(*op) for op in ops]
     return "\n".join(lines) + "\n"
@@ -26,9 +58,7 @@ def _typed(value: Value) -> str:
 
 
 def _left(op: Op) -> str:
-    if isinstance(op, Gram):
-        return ", ".join(_typed(v) for row in op.outs for v in row)
-    return _typed(op.out)
+    return ", ".join(map(_typed, writes(op)))
 
 
 def _right(op: Op) -> str:
@@ -58,5 +88,12 @@ def _right(op: Op) -> str:
         case MatMul():
             products = [f"{a.name}{'^T' * ta} @ {b.name}{'^T' * tb}" for a, b, ta, tb in op.terms]
             return " + ".join([*([op.add.name] if op.add else []), *products])
-        case RowSum() | SolveTril():
-            return f"{'row sums' if isinstance(op, RowSum) else 'solve_tril'} of {reads(op)[0].name}"
+        case GramAdjoint():
+            given = ", ".join(v.name for row in op.d_outs for v in row if v)
+            return f"adjoint of gram ({', '.join(v.name for v in reads(op.gram))}) from {given}"
+        case Deinterleave():
+            return f"parts of {op.a.name}"
+        case Spread():
+            return f"{op.a.name} over the tokens {op.span.value} each row"
+        case RowSum() | ColSum() | SolveTril():
+            return f"{ {RowSum: 'row sums', ColSum: 'column sums', SolveTril: 'solve_tril'}[type(op)] } of {op.a.name}"
