@@ -7,7 +7,22 @@ Tensors are [..., C, channels]; what precedes is a batch. A scalar gate has one 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from kdagen.ir.tensor import Gram, Span
+
+
+class Level(NamedTuple):
+    """What the adjoint of a Tree reads of one level: operands as they met, and the decays of a pair's two blocks."""
+
+    size: int
+    late: object
+    early: object
+    first: object
+    second: object
+
+    def halves(self, rows, cols) -> tuple:
+        return halves(rows, cols, self.size)
 
 
 class Tree:
@@ -18,11 +33,11 @@ class Tree:
     At the end, with one block to the chunk, they are the operands that meet the state.
     """
 
-    def __init__(self, op: Gram, readers: list, writers: list, g, arena):
+    def __init__(self, op: Gram, readers: list, writers: list, g, arena, keep_levels: bool = False):
         import torch
 
-        self.size, self.arena = 1, arena
-        self.total = exp(g, arena.take("tree decay 1", g.shape))  # of each whole block
+        self.size, self.arena, self.keep_levels, self.levels = 1, arena, keep_levels, []
+        self.total = self.decay = exp(g, arena.take("tree decay 1", g.shape))  # of each whole block; of each token
         self.rows, self.cols = (
             arena.take(name, (*g.shape[:-1], len(x), g.shape[-1]))
             for name, x in (("tree rows", readers), ("tree cols", writers))
@@ -35,7 +50,7 @@ class Tree:
     def fill(self, outs: list[list]) -> Tree:
         """Writes all that lies below the diagonal of outs[r][s]."""
         while self.size < outs[0][0].shape[-1]:
-            late, early = self.halves()
+            late, early = halves(self.rows, self.cols, self.size)
             level = product(late.flatten(-3, -2), early.flatten(-3, -2).mT, out=self.level(late, early))
             level = level.unflatten(-1, early.shape[-3:-1]).unflatten(-3, late.shape[-3:-1])
             for r, row in enumerate(outs):
@@ -43,11 +58,6 @@ class Tree:
                     below(out, self.size).copy_(level[..., r, :, s])
             self.join(late, early)
         return self
-
-    def halves(self) -> tuple:
-        """Rows of each pair's second block and columns of its first, [..., pairs, size, readers or writers, K]."""
-        late, early = (x.unflatten(-3, (-1, 2, self.size)) for x in (self.rows, self.cols))
-        return late[..., 1, :, :, :], early[..., 0, :, :, :]
 
     def level(self, late, early):
         """Where a level's products go."""
@@ -59,10 +69,19 @@ class Tree:
         import torch
 
         first, second = self.total.unflatten(-2, (-1, 2)).unbind(-2)
+        if self.keep_levels:
+            kept = (self.arena.take(f"tree {n} {self.size}", x.shape).copy_(x) for n, x in (("l", late), ("e", early)))
+            self.levels.append(Level(self.size, *kept, first, second))
         late *= first[..., None, None, :]
         early *= second[..., None, None, :]
         self.size *= 2
         self.total = torch.mul(first, second, out=self.arena.take(f"tree decay {self.size}", first.shape))
+
+
+def halves(rows, cols, size: int) -> tuple:
+    """Rows of each pair's second block and columns of its first, [..., pairs, size, readers or writers, K]."""
+    late, early = (x.unflatten(-3, (-1, 2, size)) for x in (rows, cols))
+    return late[..., 1, :, :, :], early[..., 0, :, :, :]
 
 
 class Spans:
@@ -106,9 +125,9 @@ def shifted(through):
     return before
 
 
-def gram(op: Gram, readers: list, writers: list, spans: Spans | None, outs: list[list], arena) -> None:
-    """Without decay or with one rate a head: products first, then a C x C matrix of decays; zero above the diagonal."""
-    factors = _decay_matrices(op, spans, outs[0][0].shape, arena) if spans else [None] * len(readers)
+def gram(op: Gram, readers: list, writers: list, factors: list | None, outs: list[list]) -> None:
+    """Without decay or with one rate a head: products first, then C x C decay matrices; zero above the diagonal."""
+    factors = factors or [None] * len(readers)
     for row, z, factor, diagonal in zip(outs, readers, factors, op.diagonal, strict=True):
         for out, x, kept in zip(row, writers, diagonal, strict=True):
             product(z, x.mT, out=out)
@@ -117,7 +136,7 @@ def gram(op: Gram, readers: list, writers: list, spans: Spans | None, outs: list
             out.tril_(0 if kept else -1)
 
 
-def tree_gram(op: Gram, readers: list, writers: list, g, outs: list[list], arena) -> Tree:
+def tree_gram(op: Gram, readers: list, writers: list, g, outs: list[list], arena, keep_levels: bool = False) -> Tree:
     """With one rate a channel: the tree; `outs` must be zero above the diagonal, and there they stay."""
     import torch
 
@@ -126,10 +145,10 @@ def tree_gram(op: Gram, readers: list, writers: list, g, outs: list[list], arena
             if kept:
                 terms = torch.mul(z, x, out=arena.take("tree rows", torch.broadcast_shapes(z.shape, x.shape)))
                 torch.sum(terms, -1, out=out.diagonal(dim1=-2, dim2=-1))
-    return Tree(op, readers, writers, g, arena).fill(outs)
+    return Tree(op, readers, writers, g, arena, keep_levels).fill(outs)
 
 
-def _decay_matrices(op: Gram, spans: Spans, shape, arena) -> list:
+def decay_matrices(op: Gram, spans: Spans, shape, arena) -> list:
     """The C x C matrix of decays from j to i for each reader, 1 on the diagonal."""
     import torch
 
