@@ -65,6 +65,11 @@ class JustInTime:
                 self._loaded[which] = load_op(self.find(gpu, training) or self.build(gpu, training))
             return self._loaded[which]
 
+    def planned(self, tensors: dict, capability: str | None = None) -> LoadedOp:
+        """The kernels for training as they are, or would be, built: for their shapes; no kernel is looked for."""
+        gpu = self.target(capability) if capability else self._likely_target()
+        return self._loaded.get((gpu.name, True)) or self._unbuilt(gpu, True)
+
     def _unbuilt(self, gpu: Target, training: bool) -> LoadedOp:
         """The kernels as they would be built: arguments that these do not take are refused before that."""
         return LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": self.source(gpu, training).plan()})

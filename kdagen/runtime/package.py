@@ -91,6 +91,14 @@ class BuiltOp:
             f"build some with `kdagen build --op {self.name}`"
         )
 
+    def planned(self, tensors: dict, capability: str | None = None) -> LoadedOp:
+        """The variant for training that these tensors would run on, whatever the GPU if no capability is given."""
+        if capability:
+            return self.fitting(tensors, capability, training=True)
+        archs = dict.fromkeys(c for v in self.variants if v.training for c in v.manifest["target"]["runs_on"])
+        found = [v for c in archs for v in self.variants if v.training and v.mismatch(tensors, c) is None]
+        return found[0] if found else self.fitting(tensors, "unknown", training=True)
+
     def describe(self) -> list[tuple[str, str]]:
         """Rows of `explain`: each folder of kernels."""
         from kdagen.runtime import explain

@@ -175,6 +175,9 @@ def test_training_and_inference_have_kernels_of_their_own(tmp_path):
     with pytest.raises(ArgumentError, match="no kernels of toy are in .*toy: build some with `kdagen build --op toy`"):
         op.fitting(training_tensors(), "9.0")
     assert op.fitting(training_tensors(), "9.0", training=True).training
+    assert op.planned(training_tensors()) is op.planned(training_tensors(), "9.0") is op.variants[0]
+    with pytest.raises(ArgumentError, match="no kernels of toy for training fit"):
+        op.planned(training_tensors(x=torch.zeros(2, 37, 3, 64)))
 
 
 def test_a_variant_names_target_dtype_dims_and_what_differs():
