@@ -37,7 +37,7 @@ class SimulationError(KdagenError):
 
 
 class GradientError(KdagenError, RuntimeError):
-    """A gradient was asked of an op that has no backward."""
+    """A derivative was asked for that is not derived: a second one, or one in forward mode."""
 
 
 class LaunchError(KdagenError):

@@ -10,15 +10,19 @@ from kdagen.errors import ArgumentError
 from kdagen.runtime.signature import Signature, brackets
 
 STATE = ("B", "H", "K", "V")
+OTHERS = {"initial_state": STATE, "d_out": ("B", "T", "H", "V"), "d_final_state": STATE}
 
 
-def check(signature: Signature, tensors: dict, initial_state=None) -> dict:
-    """The sizes B, T, H, K and V of legal arguments; an ArgumentError for others."""
-    sizes = check_shapes(signature, tensors, initial_state)
-    check_dtypes(signature, tensors, initial_state)
+def check(signature: Signature, tensors: dict, **others) -> dict:
+    """The sizes B, T, H, K and V of legal arguments; an ArgumentError for others.
+
+    `others` may hold initial_state and, of a backward, d_out and d_final_state; None stands for none.
+    """
+    others = {name: x for name, x in others.items() if x is not None}
+    sizes = check_shapes(signature, tensors, others)
+    check_dtypes(signature, tensors, others)
     device = tensors[signature.value].device
-    given = tensors if initial_state is None else {**tensors, "initial_state": initial_state}
-    for name, tensor in given.items():
+    for name, tensor in (tensors | others).items():
         if tensor.device != device:
             raise ArgumentError(
                 f"{signature.name}: {name} is on {tensor.device}, {signature.value} on {device}; "
@@ -27,13 +31,13 @@ def check(signature: Signature, tensors: dict, initial_state=None) -> dict:
     return sizes
 
 
-def check_shapes(signature: Signature, tensors: dict, initial_state=None) -> dict:
+def check_shapes(signature: Signature, tensors: dict, others: dict) -> dict:
     """Sizes by dimension; each is set by the first tensor that has it."""
     sizes, setters = {}, {}
     for name, dims in signature.dims.items():
         _bind(signature, name, dims, tensors[name].shape, sizes, setters)
-    if initial_state is not None:
-        _bind(signature, "initial_state", STATE, initial_state.shape, sizes, setters)
+    for name, tensor in others.items():
+        _bind(signature, name, OTHERS[name], tensor.shape, sizes, setters)
     return sizes
 
 
@@ -55,14 +59,14 @@ def _conflict(op: str, name: str, dims: tuple, shape, sizes: dict, setters: dict
     because = ", ".join(f"{d} = {sizes[d]} is set by {setters[d]}" for _, d in wrong)
     text = f"{op}: {name} has shape {list(shape)}, expected {brackets(dims)} = {expected}: {because}"
     (axis, dim), size = wrong[0], shape[wrong[0][0]]
-    if len(wrong) == 1 and dim == "H" and name != "initial_state" and min(size, sizes["H"]) > 0:
+    if len(wrong) == 1 and dim == "H" and name not in OTHERS and min(size, sizes["H"]) > 0:
         few, many, which = (size, sizes["H"], name) if size < sizes["H"] else (sizes["H"], size, setters["H"])
         if many % few == 0:
             text += f". For grouped heads pass {which}.repeat_interleave({many // few}, dim={axis})"
     return text
 
 
-def check_dtypes(signature: Signature, tensors: dict, initial_state=None) -> None:
+def check_dtypes(signature: Signature, tensors: dict, others: dict) -> None:
     """One floating dtype for all; beside half floats, arguments may also be float32."""
     import torch
 
@@ -81,11 +85,13 @@ def check_dtypes(signature: Signature, tensors: dict, initial_state=None) -> Non
                 f"{signature.name}: {name} is {short(tensor.dtype)} beside {signature.value} in {short(dtype)}, "
                 f"expected {' or '.join(map(short, allowed))}: call {name}.to({dtype})"
             )
-    if initial_state is not None and initial_state.dtype != state_dtype[dtype]:
-        raise ArgumentError(
-            f"{signature.name}: initial_state is {short(initial_state.dtype)}, expected "
-            f"{short(state_dtype[dtype])}: call initial_state.to({state_dtype[dtype]})"
-        )
+    for name, tensor in others.items():
+        expected = state_dtype[dtype] if OTHERS[name] == STATE else dtype
+        if tensor.dtype != expected:
+            raise ArgumentError(
+                f"{signature.name}: {name} is {short(tensor.dtype)}, expected {short(expected)}: "
+                f"call {name}.to({expected})"
+            )
 
 
 def short(dtype) -> str:

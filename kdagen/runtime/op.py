@@ -1,7 +1,8 @@
 """`kdagen.compile` and what it returns: an op that runs on CPU tensors at once and on CUDA tensors by built kernels.
 
-An `Op` binds arguments (signature) and calls its torch op (torch_op), whose implementations check them (checks) and run
-the CPU backend (cpu) or kernels (found by jit, or those of a built package). What would run, in words, is in explain.
+An `Op` binds arguments (signature) and calls one of its torch ops (torch_op), whose implementations check them (call,
+checks) and run the CPU backend (cpu) or kernels (found by jit, or those of a built package). This module holds the op
+in inference; where gradients are wanted, training. What would run, in words, is in explain.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdagen.runtime import call as calls
 from kdagen.runtime import torch_op
-from kdagen.runtime.checks import check, short
+from kdagen.runtime.checks import short
 from kdagen.runtime.signature import Signature, describe, signature
+from kdagen.runtime.torch_op import Implementation
+from kdagen.runtime.training import Training, needs_gradient, transformed
+from kdagen.schedule import Keep
 
 if TYPE_CHECKING:
     from kdagen.recurrence import Recurrence
@@ -33,6 +38,7 @@ def compile(
     gate_dtype=None,
     templates: Sequence[str | Path] = (),
     build_dir: str | Path | None = None,
+    keep: str = "states",
 ) -> Op:
     """The op of a recurrence. Nothing is compiled here; on CPU tensors only `recurrence` matters.
 
@@ -45,6 +51,8 @@ def compile(
         gate_dtype: of gates and scalars a token on GPUs; `dtype` unless given.
         templates: folders of kernel skeletons that come before kdagen's own.
         build_dir: the folder that `kdagen build` wrote; KDAGEN_BUILD_DIR or ./kdagen_ops unless given.
+        keep: what a forward leaves for its backward beside its arguments: "inputs" (nothing: all is computed again),
+            "states" (the state before each chunk) or "all" (what prepare made too).
 
     Raises:
         RecurrenceError: the recurrence is outside the family, or there is none of that name.
@@ -55,13 +63,14 @@ def compile(
     from kdagen.runtime import jit, options
 
     spec, recurrence = recurrence, load(recurrence)
-    chosen = options.options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir)
+    chosen = options.options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep)
     form = canonical(recurrence)
     description = describe(recurrence, form)
     description["canonical"]["doc"] = ""
     kernels = jit.JustInTime(recurrence, chosen, spec if isinstance(spec, str) else options.spec_of(recurrence))
     identity = torch_op.identity(description, chosen.json())
-    return shared(identity, lambda: Op(signature(description), identity, lambda: form, kernels))
+    wide = options.wide_arguments(form, chosen)
+    return shared(identity, lambda: Op(signature(description), identity, lambda: form, kernels, chosen.keep, wide))
 
 
 def shared(identity: str, make: Callable[[], Op]) -> Op:
@@ -78,22 +87,51 @@ class Op:
     scalars [B, T, H], parameters [H] or [H, K]. A sequence (kg.Key[n]) is a list of n tensors, or one stacked on the
     dimension before the heads. o is [B, T, H, V] in v's dtype; final_state is [B, H, K, V] in float32 (float64 for
     float64), None unless asked for. GPU kernels read contiguous tensors: others are copied first.
+
+    Gradients flow to all of them, in the dtype of each. Under torch.autocast, arguments a token in float32 are cast to
+    its dtype, but for those that the kernels take in float32 (gate_dtype); states and parameters of the head stay.
     """
 
-    def __init__(self, signature: Signature, identity: str, form: Callable, kernels):
-        """`form()` gives the canonical form; `kernels.fitting(tensors, capability)` gives a LoadedOp."""
+    def __init__(self, signature: Signature, identity: str, form: Callable, kernels, keep=Keep.STATES, wide=()):
+        """`form()` gives the canonical form; `kernels.fitting(tensors, capability, training)` gives a LoadedOp.
+
+        `keep` is what a forward in training leaves for its backward; `wide` names the arguments that autocast leaves.
+        """
         self.signature, self.kernels, self._form = signature, kernels, form
         self._last: tuple | None = None  # dtype, device and words of what ran last
         self._announced: set = set()
-        self.torch_op = torch_op.register(signature, identity, self._cpu, self._cuda, self._fake)
+        self._cast = [dims[:1] == ("B",) and name not in wide for name, dims in signature.dims.items()]
+        self.training = t = Training(self, keep)
+        inference = Implementation(self._cpu, self._cuda, self._fake, t.differentiate_inference, t.save)
+        found = torch_op.register(signature, identity, inference, t.forward, t.backward)
+        self.torch_op, self.training_op, self.backward_op = found
 
     def __call__(self, *args, initial_state=None, output_final_state: bool = False, **named):
         """(output [B, T, H, V], final state [B, H, K, V] or None)."""
-        given = self.signature.bind(args, named)
+        given = self._autocast(self.signature.bind(args, named))
         if initial_state is not None:
             self.signature.check_tensor("initial_state", initial_state)
-        o, state = self.torch_op(*given, initial_state, output_final_state)
+        states = () if initial_state is None else (initial_state,)
+        run = self._train if needs_gradient(self.name, (*given, *states)) else self.torch_op
+        o, state, *_ = run(*given, initial_state, output_final_state)
         return o, state if output_final_state else None
+
+    def _autocast(self, given: list) -> list:
+        import torch
+
+        device = given[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return given
+        dtype = torch.get_autocast_dtype(device)
+        return [x.to(dtype) if cast and x.dtype == torch.float32 else x for x, cast in zip(given, self._cast)]
+
+    def _train(self, *given) -> tuple:
+        try:
+            return self.training_op(*given)
+        except RuntimeError as error:
+            if "functorch transforms" in str(error):
+                raise transformed(self.name) from None
+            raise
 
     @property
     def name(self) -> str:
@@ -109,40 +147,50 @@ class Op:
 
     # -- what torch calls
 
-    def _arguments(self, given: tuple, initial_state=None, output_final_state: bool = False):
-        """Tensors by name, initial state and flag; torch passes all by place, and drops defaults at the end."""
-        names = self.signature.tensors
-        options = given[len(names) :]
-        return dict(zip(names, given)), *options, *(initial_state, output_final_state)[len(options) :]
-
     def _cpu(self, *given, **options):
-        tensors, initial_state, output_final_state = self._arguments(given, **options)
-        sizes, like = check(self.signature, tensors, initial_state), tensors[self.signature.value]
-        if like.numel():
-            from kdagen.runtime import cpu
+        call = calls.forward(self.signature, given, **options)
+        o, state = call.unchanged() if call.empty else self.run_on_cpu(call)
+        self.note(call.like, "CPU backend, batched matrix products on torch")
+        return call.returned(o, state)
 
-            o, state = cpu.run(self.program, tensors, initial_state, like.dtype)
-        else:
-            o, state = _unchanged(sizes, like, initial_state)
-        self._note(like, "CPU backend, batched matrix products on torch")
-        return o, state if output_final_state else state.new_empty(0)
+    def run_on_cpu(self, call) -> tuple:
+        """Output and final state, by the CPU backend."""
+        from kdagen.runtime import cpu
+
+        return cpu.run(self.program, call.tensors, call.initial_state, call.like.dtype)
 
     def _cuda(self, *given, **options):
-        tensors, initial_state, output_final_state = self._arguments(given, **options)
-        sizes, like = check(self.signature, tensors, initial_state), tensors[self.signature.value]
-        kernels = self.kernels.fitting(tensors, _capability(like.device))
-        if like.numel():
-            o, state = self._launch(kernels, tensors, initial_state)
+        call = calls.forward(self.signature, given, **options)
+        kernels = self.fitting(call)
+        if call.empty:
+            o, state = call.unchanged()
         else:
-            o, state = _unchanged(sizes, like, initial_state)
-        self._note(like, "kernels in", kernels.folder)
-        return o, state if output_final_state else state.new_empty(0)
+            found = self.launch(kernels, call.tensors, initial_state=call.initial_state)
+            o, state = (found[kernels.by_role[role]] for role in ("out", "final_state"))
+        self.note(call.like, "kernels in", kernels.folder)
+        return call.returned(o, state)
 
-    def _launch(self, kernels, tensors: dict, initial_state):
-        if initial_state is not None:
-            tensors = {**tensors, kernels.by_role["initial_state"]: initial_state}
-        results = kernels.launch({name: self._contiguous(name, t) for name, t in tensors.items()})
-        return results[kernels.by_role["out"]], results[kernels.by_role["final_state"]]
+    def _fake(self, *given, **options):
+        call = calls.forward(self.signature, given, **options)
+        return call.returned(*call.results())
+
+    # -- kernels
+
+    def fitting(self, call, **which):
+        """The kernels for a call on the GPU that its tensors are on; built if they are nowhere."""
+        return self.kernels.fitting(call.tensors, _capability(call.like.device), **which)
+
+    def planned(self, call):
+        """The training kernels for a call as they are, or would be, built: torch's compiler asks for shapes only."""
+        import torch
+
+        known = torch.cuda.is_available()
+        return self.kernels.planned(call.tensors, _capability(call.like.device) if known else None)
+
+    def launch(self, kernels, tensors: dict, *which: str, **states) -> dict:
+        """Launches a pass of kernels on contiguous copies; states and cotangents go by their roles, and may be None."""
+        tensors = tensors | {kernels.by_role[role]: x for role, x in states.items() if x is not None}
+        return kernels.launch({name: self._contiguous(name, x) for name, x in tensors.items()}, *which)
 
     def _contiguous(self, name: str, tensor):
         if not tensor.is_contiguous() and name not in self._announced:
@@ -150,16 +198,11 @@ class Op:
             log.debug("%s: %s is not contiguous and is copied at each call", self.name, name)
         return tensor.contiguous()
 
-    def _fake(self, *given, **options):
-        tensors, initial_state, output_final_state = self._arguments(given, **options)
-        sizes, like = check(self.signature, tensors, initial_state), tensors[self.signature.value]
-        o, state = (like.new_empty(shape, dtype=dtype) for shape, dtype in _results(sizes, like))
-        return o, state if output_final_state else state.new_empty(0)
-
-    def _note(self, like, *what) -> None:
+    def note(self, like, *what) -> None:
+        """Remembers what ran, and logs it the first time."""
         self._last = like.dtype, like.device, what
-        if self._last[:2] not in self._announced:
-            self._announced.add(self._last[:2])
+        if self._last not in self._announced:
+            self._announced.add(self._last)
             log.info("%s: %s", self.name, self.last)
 
     @property
@@ -184,25 +227,6 @@ class Op:
 
     def __repr__(self) -> str:
         return f"<kdagen op {self.signature}: print(op.explain()) says what runs it>"
-
-
-def _results(sizes: dict, like) -> tuple:
-    """Shape and dtype of the output and of the final state."""
-    import torch
-
-    b, t, h, k, v = (sizes[dim] for dim in "BTHKV")
-    return ((b, t, h, v), like.dtype), ((b, h, k, v), torch.promote_types(like.dtype, torch.float32))
-
-
-def _unchanged(sizes: dict, like, initial_state) -> tuple:
-    """With no token: no output, and the state as it was."""
-    import torch
-
-    (out, dtype), (shape, state_dtype) = _results(sizes, like)
-    o = like.new_empty(out, dtype=dtype)
-    if initial_state is not None:
-        return o, initial_state.clone(memory_format=torch.contiguous_format)
-    return o, like.new_zeros(shape, dtype=state_dtype)
 
 
 def _capability(device) -> str:

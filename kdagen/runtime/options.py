@@ -8,7 +8,7 @@ from pathlib import Path
 from kdagen import zoo
 from kdagen.errors import ArgumentError
 from kdagen.runtime.checks import short
-from kdagen.schedule import DTYPES, Schedule
+from kdagen.schedule import DTYPES, Keep, Schedule
 from kdagen.target import target
 
 GATE_DTYPES = (*DTYPES, "float32")
@@ -25,6 +25,7 @@ class Options:
     gate_dtype: str | None = None
     templates: tuple[str, ...] = ()
     build_dir: str | None = None
+    keep: Keep = Keep.STATES
 
     def json(self) -> dict:
         """What tells these options from others, the text of the skeletons included."""
@@ -50,7 +51,7 @@ class Options:
         return [word for pair in pairs for word in pair]
 
 
-def options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir) -> Options:
+def options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep=Keep.STATES) -> Options:
     """Options as plain data; what no schedule or GPU could take is refused here."""
     dims = (head_dim, head_dim) if isinstance(head_dim, int) else tuple(head_dim)
     if len(dims) != 2 or not all(isinstance(n, int) and n > 0 for n in dims):
@@ -65,7 +66,19 @@ def options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir) -
     folders = tuple(str(Path(folder).resolve()) for folder in templates)
     gates = short(gate_dtype) if gate_dtype else None
     place = str(Path(build_dir).resolve()) if build_dir else None
-    return Options(dims, name, target(arch).name if arch else None, schedule, gates, folders, place)
+    if keep not in list(Keep):
+        raise ArgumentError(f"keep = {keep!r}: expected one of {', '.join(k.value for k in Keep)}")
+    return Options(dims, name, target(arch).name if arch else None, schedule, gates, folders, place, Keep(keep))
+
+
+def wide_arguments(canonical, chosen: Options) -> tuple[str, ...]:
+    """The arguments a token that GPU kernels take in float32."""
+    if chosen.gate_dtype != "float32":
+        return ()
+    from kdagen.pipeline import argument_dtypes
+
+    dtypes = argument_dtypes(canonical, chosen.dtype, chosen.gate_dtype)
+    return tuple(a.name for a in canonical.arguments if a.per_token and dtypes[a.name] == "float32")
 
 
 def spec_of(recurrence) -> str:

@@ -1,6 +1,6 @@
-"""Registers an op with torch: torch.ops.kdagen.<name>, with a fake implementation and an error for its backward.
+"""Registers an op with torch: torch.ops.kdagen.<name>, <name>_training and <name>_backward.
 
-The schema is flat: every tensor of the signature, then initial_state and output_final_state. Defined through
+Schemas are flat: every tensor of the signature, then initial_state and output_final_state. Defined through
 torch.library.Library rather than custom_op, which costs a third more at every call.
 """
 
@@ -11,15 +11,29 @@ import json
 import keyword
 import re
 import threading
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
 
-from kdagen.errors import GradientError
 from kdagen.runtime.signature import Signature
 
 NAMESPACE = "kdagen"
-OPTIONS = "Tensor? initial_state=None, bool output_final_state=False"
+FORWARD = "Tensor? initial_state=None, bool output_final_state=False"
+BACKWARD = "Tensor? initial_state, Tensor[] kept, Tensor? d_out, Tensor? d_final_state"
+SUFFIXES = ("", "_training", "_backward")
+RESERVED = {"Tensor", "int", "float", "bool", "str", "out", "self", "kept", "d_out", "d_final_state"}
 _lock = threading.Lock()
-_names: dict[str, str] = {}  # identity by name, of every op that is registered
+_names: dict[str, str] = {}  # identity by name, of every torch op that is registered
+
+
+class Implementation(NamedTuple):
+    """What torch calls for one of an op's torch ops."""
+
+    cpu: Callable
+    cuda: Callable
+    fake: Callable
+    backward: Callable
+    setup_context: Callable | None = None
 
 
 @cache
@@ -34,48 +48,68 @@ def identity(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def register(signature: Signature, identity: str, cpu, cuda, fake):
-    """The torch op of this identity, registered if it is new. The first op of a name has it; others get a suffix."""
+def register(signature: Signature, identity: str, *implementations: Implementation) -> list:
+    """The torch ops of this identity (inference, training, backward), registered if they are new.
+
+    The first op of a name has it; others get a suffix.
+    """
     import torch
 
+    tensors = ", ".join(f"Tensor {_schema_name(i, t)}" for i, t in enumerate(signature.tensors))
+    gradients = ", ".join(["Tensor"] * (len(signature.tensors) + 1))
+    schemas = (
+        f"({tensors}, {FORWARD}) -> (Tensor, Tensor)",
+        f"({tensors}, {FORWARD}) -> (Tensor, Tensor, Tensor[])",
+        f"({tensors}, {BACKWARD}) -> ({gradients})",
+    )
     with _lock:
-        name = _free_name(signature.name, identity)
-        if name not in _names:
-            _define(name, signature, cpu, cuda, fake)
-            _names[name] = identity
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+        names = _free_names(signature.name, identity)
+        for name, schema, implementation in zip(names, schemas, implementations, strict=True):
+            if name not in _names:
+                _define(name, schema, implementation)
+                _names[name] = identity
+    return [getattr(getattr(torch.ops, NAMESPACE), name).default for name in names]
 
 
-def _free_name(name: str, identity: str) -> str:
+def _free_names(name: str, identity: str) -> list[str]:
     plain = re.sub(r"\W", "_", name, flags=re.ASCII)
     if plain[0].isdigit() or keyword.iskeyword(plain) or plain in ("name", "default"):
         plain = f"op_{plain}"
-    return plain if _names.get(plain, identity) == identity else f"{plain}_{identity[:8]}"
+    names = [plain + suffix for suffix in SUFFIXES]
+    if any(_names.get(n, identity) != identity for n in names):
+        names = [f"{plain}_{identity[:8]}{suffix}" for suffix in SUFFIXES]
+    return names
 
 
-def _define(name: str, signature: Signature, cpu, cuda, fake) -> None:
+def _define(name: str, schema: str, implementation: Implementation) -> None:
     import torch
 
     library, full = _library(), f"{NAMESPACE}::{name}"
-    tensors = ", ".join(f"Tensor {_schema_name(i, t)}" for i, t in enumerate(signature.tensors))
-    library.define(f"{name}({tensors}, {OPTIONS}) -> (Tensor, Tensor)")
-    library.impl(name, cpu, "CPU")
-    library.impl(name, cuda, "CUDA")
-    torch.library.register_fake(full, fake, lib=library)
-    torch.library.register_autograd(full, _no_backward(signature.name), lib=library)
+    library.define(name + schema)
+    library.impl(name, implementation.cpu, "CPU")
+    library.impl(name, implementation.cuda, "CUDA")
+    torch.library.register_fake(full, implementation.fake, lib=library)
+    torch.library.register_autograd(
+        full, implementation.backward, setup_context=implementation.setup_context, lib=library
+    )
+    torch.library.register_vmap(full, partial(_one_by_one, name), lib=library)
+
+
+def _one_by_one(name: str, info, in_dims: tuple, *given):
+    """vmap, as a call for each entry of the mapped dimension: the batch B of one call does the same faster."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
+    calls = [
+        op(*tree_map(lambda x, dim: x if dim is None else x.select(dim, i), given, in_dims))  # noqa: B023
+        for i in range(info.batch_size)
+    ]
+    stacked = tree_map(lambda *entries: torch.stack(entries), *calls)
+    return stacked, tree_map(lambda _: 0, stacked)
 
 
 def _schema_name(position: int, name: str) -> str:
     """A name that torch's schema language takes: the user's own, unless it is not plain ASCII or means something."""
     plain = re.fullmatch(r"[A-Za-z]\w*", name, flags=re.ASCII) and not keyword.iskeyword(name)
-    return name if plain and name not in ("Tensor", "int", "float", "bool", "str", "out", "self") else f"t{position}"
-
-
-def _no_backward(name: str):
-    def backward(ctx, *gradients):
-        raise GradientError(
-            f"{name} has no backward: this version of kdagen derives forward kernels only. Call it under "
-            f"torch.no_grad() or on detached tensors; to train, write the recurrence in torch for now"
-        )
-
-    return backward
+    return name if plain and name not in RESERVED else f"t{position}"

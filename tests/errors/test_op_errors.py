@@ -10,7 +10,7 @@ import torch
 import kdagen as kg
 from kdagen.build import toolchain
 from kdagen.derive.canonical import canonical
-from kdagen.errors import ArgumentError, ArtefactError, GradientError, RecurrenceError, TargetError, ToolchainError
+from kdagen.errors import ArgumentError, ArtefactError, RecurrenceError, TargetError, ToolchainError
 from kdagen.ir import canonical_json
 from kdagen.pipeline import compile_op
 from kdagen.runtime import op as ops
@@ -222,17 +222,6 @@ def test_devices(never_runs):
         ArgumentError, "kda: initial_state is on meta, v on cpu; expected one device: call initial_state.to('cpu')"
     ):
         kg.compile("kda")(**arguments(initial_state=torch.zeros(STATE, device="meta")))
-
-
-def test_a_backward():
-    given = {name: x.requires_grad_() for name, x in arguments().items()}
-    o, _ = kg.compile("kda")(**given)
-    with raises(
-        GradientError,
-        "kda has no backward: this version of kdagen derives forward kernels only. Call it under torch.no_grad() or "
-        "on detached tensors; to train, write the recurrence in torch for now",
-    ):
-        o.sum().backward()
 
 
 # -- compile

@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdagen as kg
 from kdagen.derive.canonical import canonical
-from kdagen.errors import GradientError
 from kdagen.reference import recurrence_reference
 from kdagen.runtime.op import Op
 from kdagen.schedule import Schedule
@@ -216,21 +215,6 @@ def test_fake_cuda_tensors_give_shapes_dtypes_and_device(dtype):
         o, state = kg.compile("kda")(*given, output_final_state=True)
     assert (tuple(o.shape), o.dtype, o.device.type) == ((2, 37, 3, 24), dtype, "cuda")
     assert (tuple(state.shape), state.dtype, state.device.type) == ((2, 3, 16, 24), state_dtype, "cuda")
-
-
-@pytest.mark.filterwarnings("ignore:Error detected in")  # torch's own, beside the error
-def test_a_backward_is_refused_where_it_is_asked_for_and_not_before():
-    given = {name: x.requires_grad_() for name, x in inputs().items()}
-    op = kg.compile("kda")
-    o, _ = op(**given)
-    assert o.requires_grad  # no gradient is dropped in silence
-    with pytest.raises(GradientError):
-        o.sum().backward()
-    with torch.no_grad():
-        assert not op(**given)[0].requires_grad
-    compiled = torch.compile(lambda **tensors: op(**tensors)[0], backend="aot_eager")
-    with pytest.raises(Exception, match="GradientError: kda has no backward"):
-        compiled(**given)  # torch derives the backward when it compiles
 
 
 def test_two_recurrences_of_one_name_do_not_clash():
