@@ -3,8 +3,9 @@
     pip install -e '.[build]' && python benchmarks/accuracy.py
 
 Each program is executed on the CPU with the GPU's rounding and compared with the recurrence, token by token in float64,
-over the same rounded inputs: norm of the difference over norm, of the output and of the final state, the largest over
-the seeds. Nothing is timed. Writes benchmarks/results/accuracy.json.
+over the same rounded inputs: norm of the difference over norm, of the output, of the final state and, from the program
+for training, of every gradient (against torch's autograd of the recurrence), the largest over the seeds. Nothing is
+timed. Writes benchmarks/results/accuracy.json.
 """
 
 from __future__ import annotations
@@ -19,34 +20,54 @@ from rich.console import Console
 from rich.table import Table
 
 from kdagen import zoo
-from kdagen.pipeline import compile_op
-from kdagen.simulate.verify import verify
+from kdagen.pipeline import compile_op, compile_training
+from kdagen.simulate.verify import verify, verify_training
 from kdagen.zoo.inputs import GATES
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 SHAPE = (1, 150, 2)  # B, T, H: a partial last chunk
 
 
-def errors(name: str, dtype: str, seeds: int) -> dict[str, dict[str, float]]:
-    """Largest errors of output and final state for each gate class."""
+def errors(name: str, dtype: str, seeds: int) -> dict[str, dict]:
+    """Largest errors of output, final state and gradients for each gate class; a gradient's tolerance beside it."""
     recurrence = zoo.get(name)
-    source = compile_op(recurrence, 128, dtype, "sm90")
-    found = {gate: [verify(source, recurrence, SHAPE, gate, seed) for seed in range(seeds)] for gate in GATES}
-    return {
-        gate: {"output": max(v.output for v in verdicts), "final_state": max(v.final_state for v in verdicts)}
-        for gate, verdicts in found.items()
-    }
+    inference, training = (make(recurrence, 128, dtype, "sm90") for make in (compile_op, compile_training))
+    found = {}
+    for gate in GATES:
+        verdicts = [verify(inference, recurrence, SHAPE, gate, seed) for seed in range(seeds)]
+        trained = [verify_training(training, recurrence, SHAPE, gate, seed) for seed in range(seeds)]
+        found[gate] = {
+            "output": max(v.output for v in verdicts),
+            "final_state": max(v.final_state for v in verdicts),
+            "training_output": max(v.output for v in trained),
+            "gradients": {
+                n: {"error": max(v.gradients[n][0] for v in trained), "at_most": most}
+                for n, (_, most) in trained[0].gradients.items()
+            },
+        }
+    return found
 
 
-def table(measured: dict) -> Table:
-    """Errors of the output, a row a recurrence."""
+def table(title: str, measured: dict, figure) -> Table:
+    """A figure of every gate class, a row a recurrence."""
     made = Table(box=None, pad_edge=False)
-    made.add_column("output error")
+    made.add_column(title)
     for gate in GATES:
         made.add_column(gate, justify="right")
     for name, by_gate in measured.items():
-        made.add_row(name, *(f"{by_gate[gate]['output']:.1e}" for gate in GATES))
+        made.add_row(name, *(figure(by_gate[gate]) for gate in GATES))
     return made
+
+
+def worst_gradient(found: dict) -> str:
+    """The gradient that comes nearest to what it may be off by."""
+    name, it = max(found["gradients"].items(), key=lambda item: item[1]["error"] / item[1]["at_most"])
+    return f"d_{name} {it['error']:.1e}{'' if it['error'] <= it['at_most'] else ' (!)'}"
+
+
+def limits(gradients: list[dict]) -> list[float]:
+    """The tolerances in use."""
+    return sorted({g["at_most"] for g in gradients})
 
 
 @click.command()
@@ -55,13 +76,22 @@ def table(measured: dict) -> Table:
 def main(dtype: str, seeds: int) -> None:
     """Measure, print a table, write the results."""
     measured = {name: errors(name, dtype, seeds) for name in zoo.names()}
-    Console(width=120).print(table(measured))
-    worst = max(e for by_gate in measured.values() for both in by_gate.values() for e in both.values())
-    click.echo(f"largest error of output or state: {worst:.2e}")
+    console = Console(width=160)
+    console.print(table("output error", measured, lambda found: f"{found['output']:.1e}"))
+    console.print(table("gradients: worst", measured, worst_gradient))
+    every = [both for by_gate in measured.values() for both in by_gate.values()]
+    worst = max(both[what] for both in every for what in ("output", "final_state"))
+    gradients = [g for both in every for g in both["gradients"].values()]
+    largest = {f"{most:g}": max(g["error"] for g in gradients if g["at_most"] == most) for most in limits(gradients)}
+    console.print(f"largest error of output or state: {worst:.2e}")
+    for most, error in largest.items():
+        console.print(f"largest error of gradients that may be off by {most}: {error:.2e}")
     versions = {package: importlib.metadata.version(package) for package in ("kdagen", "tilelang", "torch", "numpy")}
     head = {"date": str(datetime.date.today()), "versions": versions, "dtype": dtype, "seeds": seeds, "B, T, H": SHAPE}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**head, "largest": worst, "errors": measured}, indent=1) + "\n")
+    found = {**head, "largest": worst, "largest_gradients": largest, "errors": measured}
+    RESULTS.write_text(json.dumps(found, indent=1) + "
+")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What a build costs and what it leaves: wall time cold and warm, start-up times, and the figures of each kernel.
+"""What a build costs and what it leaves: wall time cold and warm, start-up times, and the figures of each kernel, of
+inference and of training.
 
     pip install -e '.[build,cuda,sass]' && python benchmarks/build.py
 
 Cold is a build with an empty cache; warm, the same command again. Kernels are described by their manifest: what ptxas
-reported, tensor-core instructions counted in the machine code, modelled traffic. Writes benchmarks/results/build.json.
+reported, tensor-core instructions counted in the machine code, modelled traffic; the cache knows how long each took,
+kernels being compiled side by side. Writes benchmarks/results/build.json.
 """
 
 from __future__ import annotations
@@ -67,24 +69,35 @@ def build(arch: str, op: str, colds: int, warms: int) -> dict:
         cold = [seconds([*command, str(f / "ops")], KDAGEN_CACHE_DIR=str(f / "cache")) for f in folders]
         last = folders[-1]
         warm = repeated([*command, str(last / "ops")], warms, KDAGEN_CACHE_DIR=str(last / "cache"))
-        (manifest,) = (last / "ops" / op).glob("*/manifest.json")
-        return {"cold_s": [round(s, 1) for s in cold], "warm": warm, **figures(manifest)}
+        taken = compile_seconds(last / "cache")
+        manifests = sorted((last / "ops" / op).glob("*/manifest.json"))
+        made = {
+            "training" if m.parent.name.endswith("-training") else "inference": figures(m, taken) for m in manifests
+        }
+        return {"cold_s": [round(s, 1) for s in cold], "warm": warm, **made}
 
 
-def figures(path: Path) -> dict:
-    """What the manifest and the sources beside it say of each kernel."""
+def compile_seconds(cache: Path) -> dict[str, float]:
+    """How long each kernel of a cache took to compile, by its TileLang text."""
+    reports = [(path.parent, json.loads(path.read_text())) for path in cache.glob("entries/*/report.json")]
+    return {(folder / report["source"]).read_text(): report["seconds"] for folder, report in reports}
+
+
+def figures(path: Path, taken: dict[str, float]) -> dict:
+    """What the manifest and the sources beside it say of each kernel; `taken` is what `compile_seconds` gave."""
     manifest = json.loads(path.read_text())
-    moved = {k["name"]: k["bytes_a_token"] for k in manifest["plan"]["kernels"]}
-    kernels = [kernel(k, path.parent, moved[k["name"]]) for k in manifest["kernels"]]
+    plan = manifest["plan"]
+    moved = {k["name"]: k["bytes_a_token"] for k in plan["kernels"]}
     return {
         "versions": manifest["versions"],
-        "schedule": manifest["plan"]["schedule"],
-        "kernels": kernels,
-        "modelled_bytes_a_token_a_head": sum(moved.values()),
+        "schedule": plan["schedule"],
+        "kernels": [kernel(k, path.parent, moved[k["name"]], taken) for k in manifest["kernels"]],
+        "passes": plan["passes"],
+        "modelled_bytes_a_token_a_head": {p: sum(moved[name] for name in names) for p, names in plan["passes"].items()},
     }
 
 
-def kernel(report: dict, folder: Path, moved: float) -> dict:
+def kernel(report: dict, folder: Path, moved: float, taken: dict[str, float]) -> dict:
     """Figures of one kernel: those of its report, and products in each form that it takes."""
     copied = ("name", "block", "registers", "spill_stores", "spill_loads", "stack_bytes", "warnings", "sass")
     count = lambda pattern, file: len(re.findall(pattern, (folder / file).read_text()))  # noqa: E731
@@ -94,6 +107,7 @@ def kernel(report: dict, folder: Path, moved: float) -> dict:
         "products": count(PRODUCTS, report["source"]),
         "tensor_core_calls": count(TENSOR_CORE, report["code"]),
         "modelled_bytes_a_token_a_head": moved,
+        "compile_s": taken.get((folder / report["source"]).read_text()),
     }
 
 
@@ -123,26 +137,44 @@ def machine() -> dict:
 
 def show(found: dict) -> None:
     """The figures, as tables."""
-    console, times, kernels = Console(width=120, highlight=False), _table("", "s"), _table("kernel")
+    console, times = Console(width=120, highlight=False), _table("", "s")
     times.add_row("build, cold cache", ", ".join(map(str, found["build"]["cold_s"])))
     times.add_row("build, warm cache", str(found["build"]["warm"]["median_s"]))
     for what in ("kdagen --help", "import kdagen", "python"):
         times.add_row(what, str(found["starts"][what]["median_s"]))
-    for title in ("registers", "spilled", "shared KiB", "products", "in CUDA", "HGMMA", "HMMA", "bytes a token a head"):
-        kernels.add_column(title, justify="right")
-    for k in found["build"]["kernels"]:
+    console.print(times)
+    made = {purpose: found["build"][purpose] for purpose in ("inference", "training") if purpose in found["build"]}
+    for purpose, figures in made.items():
+        console.print(_kernels(purpose, figures["kernels"]))
+        moved = ", ".join(f"{which} {n:,.0f}" for which, n in figures["modelled_bytes_a_token_a_head"].items())
+        console.print(f"modelled traffic in {purpose}, bytes a token a head: {moved}")
+    console.print(f"imported with kdagen: {', '.join(found['starts']['imported_with_kdagen']) or f'none of {HEAVY}'}")
+    console.print(f"{found['machine']['cores']} cores, load {found['machine']['load_before'][0]:.2f} before")
+    if any(k["sass"] is None for figures in made.values() for k in figures["kernels"]):
+        console.print("no instruction counts: pip install 'kdagen[sass]' for nvdisasm")
+
+
+def _kernels(purpose: str, kernels: list[dict]) -> Table:
+    figures = (
+        "registers",
+        "spilled",
+        "shared KiB",
+        "products",
+        "in CUDA",
+        "HGMMA",
+        "HMMA",
+        "bytes a token a head",
+        "s",
+    )
+    table = _table(f"kernel ({purpose})", *figures)
+    for k in kernels:
         sass = k["sass"] or {}
         spilled, shared = k["spill_stores"] + k["spill_loads"], k["shared_bytes"] / 1024
         cells = (k["registers"], spilled, f"{shared:.1f}", k["products"], k["tensor_core_calls"])
         moved = f"{k['modelled_bytes_a_token_a_head']:,.0f}"
-        kernels.add_row(k["name"], *map(str, cells), *(str(sass.get(op, "-")) for op in ("HGMMA", "HMMA")), moved)
-    console.print(times)
-    console.print(kernels)
-    console.print(f"modelled traffic: {found['build']['modelled_bytes_a_token_a_head']:,.0f} bytes a token a head")
-    console.print(f"imported with kdagen: {', '.join(found['starts']['imported_with_kdagen']) or f'none of {HEAVY}'}")
-    console.print(f"{found['machine']['cores']} cores, load {found['machine']['load_before'][0]:.2f} before")
-    if any(k["sass"] is None for k in found["build"]["kernels"]):
-        console.print("no instruction counts: pip install 'kdagen[sass]' for nvdisasm")
+        counts = (sass.get(op, "-") for op in ("HGMMA", "HMMA"))
+        table.add_row(k["name"], *map(str, (*cells, *counts, moved, k["compile_s"])))
+    return table
 
 
 def _table(*titles: str) -> Table:

@@ -28,13 +28,24 @@ def test_products_are_counted_in_tilelang_and_in_cuda(script, tmp_path):
     (tmp_path / "x_scan.cu").write_text(
         "tl::mma_sync<A, B>(x);\ntl::mma_sync<A>(y);\ntl::wgmma_ss<A>(z);\ntl::wait_wgmma<0>();"
     )
-    plan = {"schedule": {"chunk_size": 16}, "kernels": [{"name": "x_scan", "bytes_a_token": 900.0}]}
+    kernels = [{"name": "x_scan", "bytes_a_token": 900.0}, {"name": "x_reverse", "bytes_a_token": 700.0}]
+    passes = {"forward": ["x_scan"], "backward": ["x_scan", "x_reverse"]}
+    plan = {"schedule": {"chunk_size": 16}, "kernels": kernels, "passes": passes}
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps({"versions": {"nvcc": "13.0"}, "plan": plan, "kernels": [REPORT]}))
-    found = script.figures(manifest)
+    found = script.figures(manifest, {(tmp_path / "x_scan.py").read_text(): 7.5})
     (kernel,) = found["kernels"]
     assert (kernel["products"], kernel["tensor_core_calls"], kernel["shared_bytes"]) == (2, 3, 5120)
-    assert found["modelled_bytes_a_token_a_head"] == kernel["modelled_bytes_a_token_a_head"] == 900.0
+    assert (kernel["modelled_bytes_a_token_a_head"], kernel["compile_s"]) == (900.0, 7.5)
+    assert found["modelled_bytes_a_token_a_head"] == {"forward": 900.0, "backward": 1600.0}
+
+
+def test_the_cache_knows_how_long_a_kernel_took(script, tmp_path):
+    entry = tmp_path / "entries" / "abc"
+    entry.mkdir(parents=True)
+    (entry / "x_scan.py").write_text("text")
+    (entry / "report.json").write_text(json.dumps({**REPORT, "seconds": 3.5}))
+    assert script.compile_seconds(tmp_path) == {"text": 3.5}
 
 
 def test_a_command_that_fails_is_shown(script):
