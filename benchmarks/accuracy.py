@@ -90,8 +90,7 @@ def main(dtype: str, seeds: int) -> None:
     head = {"date": str(datetime.date.today()), "versions": versions, "dtype": dtype, "seeds": seeds, "B, T, H": SHAPE}
     RESULTS.parent.mkdir(exist_ok=True)
     found = {**head, "largest": worst, "largest_gradients": largest, "errors": measured}
-    RESULTS.write_text(json.dumps(found, indent=1) + "
-")
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
