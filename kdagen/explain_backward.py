@@ -5,16 +5,13 @@ Equations and FLOPs are those of the derived adjoint; memory is that of the kern
 
 from __future__ import annotations
 
-import math
-
 from kdagen.explain import HEAD_DIM, Derived, cost_table, joined, table, wrapped
 from kdagen.ir.canonical import Argument
 from kdagen.ir.tensor import Load, Value, writes
 from kdagen.ir.tensor_cost import backward_cost, cost
 from kdagen.ir.tensor_equations import Latex, Plain
-from kdagen.ir.tile import BYTES, Kernel
-from kdagen.ir.tile_cost import bytes_a_token
 from kdagen.recurrence import Recurrence
+from kdagen.runtime.manifest import memory
 from kdagen.schedule import Keep
 
 KEPT = {
@@ -97,16 +94,6 @@ def memory_text(recurrence: Recurrence) -> str:
 
 def figures(recurrence: Recurrence, keep: Keep) -> tuple[float, float, float]:
     """Bytes a token a head: kept from forward to backward, moved by the forward, moved by the backward."""
-    from kdagen.pipeline import compile_training_stages
+    from kdagen.pipeline import compile_training
 
-    made = compile_training_stages(recurrence, HEAD_DIM, schedule={"keep": keep})
-    kernels = {k.name: k for k in made.kernels}
-    moved = [sum(bytes_a_token(kernels[name]) for name in names) for names in made.source.passes.values()]
-    return kept_bytes(made.kernels, made.source.kept), *moved
-
-
-def kept_bytes(kernels: tuple[Kernel, ...], kept: tuple[str, ...]) -> float:
-    """Size of these workspaces, a token a head: each holds an entry for every chunk."""
-    buffers = {b.name: b for k in kernels for b in k.params}
-    chunk = sum(BYTES[buffers[n].dtype] * math.prod(s for s in buffers[n].shape if isinstance(s, int)) for n in kept)
-    return chunk / kernels[0].chunk_size
+    return memory(compile_training(recurrence, HEAD_DIM, schedule={"keep": keep}).plan())

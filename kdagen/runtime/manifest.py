@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from kdagen.errors import ArtefactError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+LEAD = ("B", "H", "NC")  # dimensions of what there is one of for each chunk of a head
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -42,6 +45,23 @@ def variant(plan: dict) -> str:
     named = [".".join([*sorted(names), short]) for short, names in sorted(others.items())]
     purpose = ["training"] if "backward" in (plan.get("passes") or {}) else []
     return "-".join([plan["target"], SHORT[dtype], f"{dims['K']}x{dims['V']}", *named, *purpose])
+
+
+def memory(plan: dict) -> tuple[float, float, float]:
+    """Of training, bytes a token a head: kept from forward to backward beside the arguments, moved by each of them."""
+    moved = {k["name"]: k["bytes_a_token"] for k in plan["kernels"]}
+    kept = (plan["tensors"][name] for name in plan["kept"])
+    chunk = sum(WIDTHS[t["dtype"]] * math.prod(n for n in t["shape"] if n not in LEAD) for t in kept)
+    return chunk / plan["chunk_size"], *(sum(map(moved.get, plan["passes"][w])) for w in ("forward", "backward"))
+
+
+def memory_row(plan: dict) -> tuple[str, str]:
+    """The same in words, as `explain` shows it."""
+    kept, forward, backward = map("{:,.0f}".format, memory(plan))
+    return "  training", (
+        f"keep = {plan['schedule']['keep']}: {kept} bytes a token a head stay from forward to backward, beside the "
+        f"arguments; the forward moves {forward}, the backward {backward}"
+    )
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -105,7 +105,9 @@ class BuiltOp:
 
         rows = []
         for variant in self.variants:
-            rows += explain.describe_plan(variant.plan) + explain.describe_kernels(variant.folder, "this package")
+            training = [manifests.memory_row(variant.plan)] if variant.training else []
+            rows += explain.describe_plan(variant.plan) + training
+            rows += explain.describe_kernels(variant.folder, "this package")
         return rows
 
     def explain(self) -> str:

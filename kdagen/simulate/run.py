@@ -58,6 +58,8 @@ def simulate_training(
     not given). Of the forward's workspaces only those that are kept outlive it. Options as `simulate` has them; a
     parameter's gradient is added up as the runtime does, and an argument that nothing depends on has a gradient of 0.
     """
+    if not op_source.training:
+        raise ArgumentError(f"{op_source.name}: has a forward only: expected what pipeline.compile_training gives")
     given = {"initial_state": initial_state, "d_out": d_out, "d_final_state": d_final_state}
     run = _Run(op_source, tensors, given, check_schedules, check_races, seeds)
     forward, before = run("forward")

@@ -1,5 +1,6 @@
 """Launching from a manifest: shapes from the plan, kernels in order, the variant that fits. The kernels are Python."""
 
+import dataclasses
 import platform
 import threading
 
@@ -189,4 +190,16 @@ def test_the_digest_tells_kernels_apart():
     assert manifest.digest(toy.toy()) == manifest.digest(toy.toy())
     assert (
         len({manifest.digest(s) for s in (toy.toy(), toy.toy(stages=3), toy.toy(target="sm80"), toy.toy("two"))}) == 4
+    )
+
+
+def test_a_plan_says_what_training_keeps_and_moves():
+    kernels = zip(toy_training.toy().kernels, (100.0, 20.0, 300.0))
+    source = dataclasses.replace(
+        toy_training.toy(), kernels=tuple(dataclasses.replace(k, bytes_a_token=n) for k, n in kernels)
+    )
+    assert manifest.memory(source.plan()) == (64 * 2, 100.0, 320.0)
+    label, text = manifest.memory_row(source.plan())
+    assert text.startswith("keep = states: 128 bytes a token a head stay") and text.endswith(
+        "moves 100, the backward 320"
     )
