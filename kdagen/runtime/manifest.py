@@ -55,15 +55,6 @@ def memory(plan: dict) -> tuple[float, float, float]:
     return chunk / plan["chunk_size"], *(sum(map(moved.get, plan["passes"][w])) for w in ("forward", "backward"))
 
 
-def memory_row(plan: dict) -> tuple[str, str]:
-    """The same in words, as `explain` shows it."""
-    kept, forward, backward = map("{:,.0f}".format, memory(plan))
-    return "  training", (
-        f"keep = {plan['schedule']['keep']}: {kept} bytes a token a head stay from forward to backward, beside the "
-        f"arguments; the forward moves {forward}, the backward {backward}"
-    )
-
-
 def hash_files(folder: Path) -> dict[str, str]:
     """sha256 of every file in a folder but its manifest."""
     return {

@@ -105,8 +105,9 @@ class BuiltOp:
 
         rows = []
         for variant in self.variants:
-            training = [manifests.memory_row(variant.plan)] if variant.training else []
-            rows += explain.describe_plan(variant.plan) + training
+            plan = variant.plan
+            in_training = [("  in training", f"{plan['target']}, keep='{plan['schedule']['keep']}'")]
+            rows += in_training if variant.training else explain.describe_plan(plan)
             rows += explain.describe_kernels(variant.folder, "this package")
         return rows
 

@@ -199,7 +199,3 @@ def test_a_plan_says_what_training_keeps_and_moves():
         toy_training.toy(), kernels=tuple(dataclasses.replace(k, bytes_a_token=n) for k, n in kernels)
     )
     assert manifest.memory(source.plan()) == (64 * 2, 100.0, 320.0)
-    label, text = manifest.memory_row(source.plan())
-    assert text.startswith("keep = states: 128 bytes a token a head stay") and text.endswith(
-        "moves 100, the backward 320"
-    )
