@@ -67,5 +67,7 @@ def chunk_size(tokens: int, solving: int) -> int:
 
     From ROWS tokens on it does not depend on the length, so that neither do the bits of an output.
     """
-    most = ROWS >> (max(solving, 1) - 1).bit_length()
-    return min(max(most, 1), 1 << (tokens - 1).bit_length())
+    most, chunk = ROWS >> (max(solving, 1) - 1).bit_length(), 1
+    while chunk < most and chunk < tokens:  # comparisons alone: torch's compiler asks for any number of tokens
+        chunk *= 2
+    return chunk

@@ -1,14 +1,16 @@
-"""`op.explain()`: what runs an op on CPU and on CUDA tensors, where its kernels are, and what ran last."""
+"""`op.explain()`: what runs an op on CPU and on CUDA tensors, in training too, where kernels are, and what ran last."""
 
 from __future__ import annotations
 
 import textwrap
 from pathlib import Path
 
+from kdagen.errors import KdagenError
 from kdagen.runtime import manifest as manifests
+from kdagen.schedule import Keep
 from kdagen.target import target
 
-LABEL = 14
+LABEL = 16
 KIB = 1024
 
 
@@ -17,6 +19,7 @@ def explain(op) -> str:
     rows = [
         ("CPU tensors", "CPU backend: batched matrix products on torch, one pass over chunks of tokens"),
         *op.kernels.describe(),
+        *describe_training(op),
         ("last call", op.last or "none yet"),
     ]
     name = str(op.torch_op).removesuffix(".default")
@@ -44,6 +47,45 @@ def describe_plan(plan: dict) -> list[tuple[str, str]]:
         ("  decay", f"{decay}{_reason(plan, decay, chunk)}"),
         ("  schedule", ", ".join(f"{field} {value}" for field, value in schedule.items())),
     ]
+
+
+KEPT = {
+    Keep.INPUTS: "nothing beside its arguments: the backward computes all else again",
+    Keep.STATES: "the state before each chunk",
+    Keep.ALL: "the state before each chunk, and all that prepare made",
+}
+
+
+def describe_training(op) -> list[tuple[str, str]]:
+    """What a forward keeps for its backward, and what both move, in bytes a token a head."""
+    keep = op.training.keep
+    return [
+        ("training", f"keep='{keep.value}': a forward keeps {KEPT[keep]}"),
+        ("  CPU tensors", _kept_on_cpu(op)),
+        ("  CUDA tensors", _training_on_gpus(op)),
+    ]
+
+
+def _kept_on_cpu(op) -> str:
+    from kdagen.runtime import cpu
+
+    if op.training.keep == Keep.INPUTS:
+        return "keep 0 bytes a token a head"
+    chunk = cpu.chunk_size(cpu.ROWS, len(op.program.canonical.solving))
+    more = ", as keep='states' does" if op.training.keep == Keep.ALL else ""
+    return f"keep states of chunks of {chunk} tokens{more}: 4 K V / {chunk} bytes a token a head, in float32"
+
+
+def _training_on_gpus(op) -> str:
+    try:
+        plan = op.kernels.planned({}).plan
+    except KdagenError as error:
+        return f"none: {error}"
+    kept, forward, backward = map("{:,.0f}".format, manifests.memory(plan))
+    return (
+        f"keep {kept} bytes a token a head; kernels for {plan['target']} with chunks of {plan['chunk_size']} tokens "
+        f"move {forward} (forward) and {backward} (backward), as modelled"
+    )
 
 
 def _reason(plan: dict, decay: str, chunk: int) -> str:

@@ -112,9 +112,17 @@ class Op:
         if initial_state is not None:
             self.signature.check_tensor("initial_state", initial_state)
         states = () if initial_state is None else (initial_state,)
-        run = self._train if needs_gradient(self.name, (*given, *states)) else self.torch_op
-        o, state, *_ = run(*given, initial_state, output_final_state)
+        torch_op = self.training_op if needs_gradient(self.name, (*given, *states)) else self.torch_op
+        o, state, *_ = self._run(torch_op, *given, initial_state, output_final_state)
         return o, state if output_final_state else None
+
+    def _run(self, torch_op, *given) -> tuple:
+        try:
+            return torch_op(*given)
+        except RuntimeError as error:
+            if "functorch transforms" in str(error):
+                raise transformed(self.name) from None
+            raise
 
     def _autocast(self, given: list) -> list:
         import torch
@@ -124,14 +132,6 @@ class Op:
             return given
         dtype = torch.get_autocast_dtype(device)
         return [x.to(dtype) if cast and x.dtype == torch.float32 else x for x, cast in zip(given, self._cast)]
-
-    def _train(self, *given) -> tuple:
-        try:
-            return self.training_op(*given)
-        except RuntimeError as error:
-            if "functorch transforms" in str(error):
-                raise transformed(self.name) from None
-            raise
 
     @property
     def name(self) -> str:

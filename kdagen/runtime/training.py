@@ -134,7 +134,12 @@ class Training:
         needed = ctx.needs_input_grad
         if d_out is None and d_state is None:
             return (None,) * len(needed)
-        gradients = self.op.backward_op(*given, kept, d_out, d_state)
+        try:
+            gradients = self.op.backward_op(*given, kept, d_out, d_state)
+        except RuntimeError as error:
+            if "Batching rule" in str(error):
+                raise batched(self.signature.name) from None
+            raise
         return tuple(x if need else None for x, need in zip((*gradients, None), needed))
 
     def _refuse(self, ctx, *gradients):
@@ -178,4 +183,12 @@ def transformed(op: str) -> GradientError:
     """torch takes no library's op with a backward through torch.func."""
     return GradientError(
         f"{op} cannot be differentiated by torch.func (grad, vjp, jacrev): use backward() or torch.autograd.grad"
+    )
+
+
+def batched(op: str) -> GradientError:
+    """torch's older vmap, which autograd still uses for batched gradients, takes no library's op."""
+    return GradientError(
+        f"{op} takes one gradient of its output at a time: leave out is_grads_batched=True (of torch.autograd.grad) or "
+        f"vectorize=True (of torch.autograd.functional)"
     )
