@@ -49,12 +49,19 @@ def _tiles(block: Block, o: GramOperands) -> tuple[str, str, str]:
     return rows, cols, block.fragment("acc", height, width)
 
 
-def _fill(o: GramOperands, row_factor: dict[bool, str], col_factor: str, eq: str) -> tuple[Map, ...]:
+def fill(
+    o: GramOperands,
+    row_factor: dict[bool, str],
+    col_factor: str,
+    eq: str,
+    tiles: tuple[str, str] = ("rows_s", "cols_s"),
+) -> tuple[Map, ...]:
     """Scaled operands, one loop a factor (fewer registers); `row_factor` by whether the reader sees its own decay."""
+    row, col = tiles
     rows = [
-        (f"rows_s[{shifted(r * o.chunk, 'i')}, j]", x("i", "j"), a) for r, (x, a) in enumerate(zip(o.readers, o.after))
+        (f"{row}[{shifted(r * o.chunk, 'i')}, j]", x("i", "j"), a) for r, (x, a) in enumerate(zip(o.readers, o.after))
     ]
-    cols = [(f"cols_s[{shifted(s * o.chunk, 'i')}, j]", x("i", "j")) for s, x in enumerate(o.writers)]
+    cols = [(f"{col}[{shifted(s * o.chunk, 'i')}, j]", x("i", "j")) for s, x in enumerate(o.writers)]
     groups = [(row_factor[after], [(to, x) for to, x, a in rows if a == after]) for after in (True, False)]
     return tuple(_scaled(o, factor, operands, eq) for factor, operands in (*groups, (col_factor, cols)) if operands)
 
@@ -77,7 +84,7 @@ def _keep(block: Block, o: GramOperands, acc: str) -> None:
 
 def _plain(block: Block, o: GramOperands) -> None:
     _, _, acc = _tiles(block, o)
-    block.add(*_fill(o, {True: "", False: ""}, "", "operands of the Gram product"))
+    block.add(*fill(o, {True: "", False: ""}, "", "operands of the Gram product"))
     block.add(_product(block, o, acc, "G_ij = sum_k z_ik x_jk"))
     _keep(block, o, acc)
 
@@ -137,15 +144,19 @@ def _scalar(block: Block, o: GramOperands) -> None:
 def _factored(block: Block, o: GramOperands) -> None:
     _, _, acc = _tiles(block, o)
     _running_sums(block, o)
-    anchor = f"through_s[{o.chunk // 2}, j]"
-    row = {True: f"T.exp2(through_s[i, j] - {anchor})", False: f"T.exp2(before_s[i, j] - {anchor})"}
+    row, col = anchored(o)
     block.add(
-        *_fill(
-            o, row, f"T.exp2({anchor} - through_s[i, j])", f"bounded gate: rows and columns about row {o.chunk // 2}"
-        ),
+        *fill(o, row, col, f"bounded gate: rows and columns about row {o.chunk // 2}"),
         _product(block, o, acc, "G_ij = sum_k (z_ik e^(gc_i - a)) (x_jk e^(a - gc_j))"),
     )
     _keep(block, o, acc)
+
+
+def anchored(o: GramOperands) -> tuple[dict[bool, str], str]:
+    """Texts of the factors of rows (by whether the reader sees its own decay) and of columns about a fixed row."""
+    anchor = f"through_s[{o.chunk // 2}, j]"
+    row = {True: f"T.exp2(through_s[i, j] - {anchor})", False: f"T.exp2(before_s[i, j] - {anchor})"}
+    return row, f"T.exp2({anchor} - through_s[i, j])"
 
 
 def _tree(block: Block, o: GramOperands) -> None:
@@ -171,7 +182,7 @@ def _diagonal(block: Block, o: GramOperands, acc: str) -> None:
         block.add(Map(entries, ((f"{acc}[i, j]", "0.0"),)))
         return
     block.add(
-        *_fill(o, {True: "", False: ""}, "", "a token's own write is not decayed"),
+        *fill(o, {True: "", False: ""}, "", "a token's own write is not decayed"),
         _product(block, o, acc, "G_ii = sum_k z_ik x_ik"),
         Map(entries, ((f"{acc}[i, j]", f"T.if_then_else(i % {o.chunk} == j % {o.chunk}, {acc}[i, j], 0.0)"),)),
     )
@@ -185,28 +196,27 @@ def _join(block: Block, o: GramOperands, acc: str, level: str, half: int) -> Non
     halves = f"i % {pair} >= {half} and j % {pair} < {half}"
     keep = " and ".join(t for t in (same, halves) if t)
     block.add(
-        *_fill(o, row, "T.exp2(rest_s[i, j])", f"pairs of {half}-token blocks, about the last row of the first"),
+        *fill(o, row, "T.exp2(rest_s[i, j])", f"pairs of {half}-token blocks, about the last row of the first"),
         _product(block, o, level, "G_ij = sum_k (z_ik e^(g_ref+1 + .. + g_i)) (x_jk e^(g_j+1 + .. + g_ref))"),
         Map(entries, ((f"{acc}[i, j]", f"{acc}[i, j] + T.if_then_else({_tile_and(keep)}, {level}[i, j], 0.0)"),)),
     )
-    tile = (("i", c), ("j", o.channels))
+    block.add(*doubled(o, half))
+
+
+def doubled(o: GramOperands, half: int, join: str = "+", unit: str = "0.0") -> tuple[Map, ...]:
+    """Sums within blocks of `half` tokens become those of blocks twice as long (or products, of decays themselves)."""
+    pair = 2 * half
+    tile = (("i", o.chunk), ("j", o.channels))
     second, start = f"i % {pair} >= {half}", f"(i // {pair}) * {pair}"
     first_sum, second_sum = f"through_s[{start} + {half - 1}, j]", f"through_s[{start} + {pair - 1}, j]"
-    block.add(
+    names = [name for name in ("before", "through") if o.before or name == "through"]
+    return (
         Map(
             tile,
-            (("rest_s[i, j]", f"rest_s[i, j] + T.if_then_else({second}, 0.0, {second_sum})"),),
+            (("rest_s[i, j]", f"rest_s[i, j] {join} T.if_then_else({second}, {unit}, {second_sum})"),),
             eq=f"sums within blocks of {pair} tokens",
         ),
-        Map(
-            tile,
-            tuple(
-                (f"{name}_s[i, j]", f"{name}_s[i, j] + {first_sum}")
-                for name in ("before", "through")
-                if o.before or name == "through"
-            ),
-            where=second,
-        ),
+        Map(tile, tuple((f"{n}_s[i, j]", f"{n}_s[i, j] {join} {first_sum}") for n in names), where=second),
     )
 
 

@@ -1,0 +1,339 @@
+"""Cotangents of the operands of secondary matrices, one method a decay form; and of the sums of a Decay.
+
+As in gram.py no factor of a pair of tokens exceeds what its decay form allows, and entries of the matrices' cotangents
+that the Gram leaves zero are selected away. A gate's cotangent at t is a sum over the pairs whose decay runs over t;
+only a bounded gate takes it from differences, of sums whose common terms are equal to fp32's last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kdagen.ir.tensor import Span
+from kdagen.ir.tile import Copy, Gemm, Map, RowSum
+from kdagen.lower.block import Access, Block, element, shifted
+from kdagen.lower.gram import GramOperands, anchored, doubled, fill
+from kdagen.schedule import DecayForm
+
+TERMS = "bfloat16"  # dtype of the terms of a gate's cotangent, which no chunk scales: it needs the range of fp32
+ROWS, COLS = "gram_rows_s", "gram_cols_s"
+
+Table = tuple[tuple[Access | None, ...], ...]
+
+
+def lower_gram_adjoint(
+    block: Block,
+    form: DecayForm,
+    o: GramOperands,
+    d_outs: Table,
+    gate: Access | None,
+    diagonal: tuple[tuple[bool, ...], ...],
+) -> tuple[tuple[Access, ...], tuple[Access, ...], Access | None]:
+    """Append what forms the cotangents of readers, of writers (fp32, [C, K] each) and of the gate; returns their reads.
+
+    `lower_gram` has run for `o` and what it left is unchanged (and is so afterwards). `gate` gives a token's log2
+    decay in a channel; only the tree reads it. The gate's cotangent is that of the natural logarithm.
+    """
+    a = GramAdjoint(block, o, d_outs, diagonal)
+    a.tiles()
+    {
+        DecayForm.NONE: a.plain,
+        DecayForm.SCALAR: a.scalar,
+        DecayForm.FACTORED: a.factored,
+        DecayForm.TREE: lambda: a.tree(gate),
+    }[form]()
+    readers, writers = (
+        tuple(element(f"{name}_s") if lives else _zero for name, lives in side)
+        for side in (a.reader_names, a.writer_names)
+    )
+    return readers, writers, None if form == DecayForm.NONE else element("gate_cotangent_s")
+
+
+def _zero(*index: str) -> str:
+    return "0.0"
+
+
+class GramAdjoint:
+    """What all forms share. A product has a reader's (or writer's) C rows, so that the warps of any block share it."""
+
+    def __init__(self, block: Block, o: GramOperands, d_outs: Table, diagonal: tuple[tuple[bool, ...], ...]):
+        self.block, self.o, self.d_outs, self.diagonal = block, o, d_outs, diagonal
+        self.entries = (("i", o.chunk), ("j", o.chunk))
+        self.tile = (("i", o.chunk), ("j", o.channels))
+        self.pairs = [(r, s) for r, row in enumerate(d_outs) for s, d in enumerate(row) if d]
+        self.readers, self.writers = (sorted(set(side)) for side in zip(*self.pairs))
+        self.reader_names = [(f"reader{r}_cotangent", r in self.readers) for r in range(len(o.readers))]
+        self.writer_names = [(f"writer{s}_cotangent", s in self.writers) for s in range(len(o.writers))]
+        self.streams = [name for name, lives in (*self.reader_names, *self.writer_names) if lives]
+
+    def tiles(self) -> None:
+        """Declare the operands, the products' accumulator and where the cotangents will be."""
+        o, block = self.o, self.block
+        height, width = len(o.readers) * o.chunk, len(o.writers) * o.chunk
+        block.shared("gram_rows", height, o.channels, dtype=o.dtype)
+        block.shared("gram_cols", width, o.channels, dtype=o.dtype)
+        for r in self.readers:
+            block.shared(f"d_gram_reader{r}", o.chunk, width, dtype=o.dtype)
+        for s in self.writers:
+            block.shared(f"d_gram_writer{s}", height, o.chunk, dtype=o.dtype)
+        block.fragment("gram_part", o.chunk, o.channels)
+        for name in self.streams:
+            block.shared(name, o.chunk, o.channels)
+
+    def fill(self, row_factor: dict[bool, str], col_factor: str, eq: str) -> None:
+        self.block.add(*fill(self.o, row_factor, col_factor, eq, (ROWS, COLS)))
+
+    def select(self, keep: Callable[[int, int], str], factor: Callable[[int], str], eq: str) -> None:
+        """The matrices' cotangents where `keep`, times a factor a reader: a reader's rows, and a writer's columns."""
+        c, lets, assign = self.o.chunk, [], []
+        for r, row in enumerate(self.d_outs):
+            for s, d in enumerate(row):
+                if d:
+                    value = f"({d('i', 'j')}){factor(r)}"
+                    lets.append((f"d_{r}_{s}", f"T.if_then_else({keep(r, s)}, {value}, 0.0)"))
+                entry = f"d_{r}_{s}" if d else "0.0"
+                if r in self.readers:
+                    assign.append((f"d_gram_reader{r}_s[i, {shifted(s * c, 'j')}]", entry))
+                if s in self.writers:
+                    assign.append((f"d_gram_writer{s}_s[{shifted(r * c, 'i')}, j]", entry))
+        self.block.add(Map(self.entries, tuple(assign), tuple(lets), eq=eq))
+
+    def products(self, eq: str, read: Callable[[int], None], written: Callable[[int], None]) -> None:
+        """Each reader's and writer's product in turn, given to what `read` and `written` append."""
+        c, k = self.o.chunk, self.o.channels
+        for r in self.readers:
+            inner = len(self.o.writers) * c
+            self.block.add(Gemm("gram_part_f", f"d_gram_reader{r}_s", COLS, (c, k, inner), clear=True, eq=eq))
+            read(r)
+        for s in self.writers:
+            inner = len(self.o.readers) * c
+            self.block.add(
+                Gemm("gram_part_f", f"d_gram_writer{s}_s", ROWS, (c, k, inner), trans_a=True, clear=True, eq=eq)
+            )
+            written(s)
+
+    def kept(self) -> None:
+        """The products of all pairs at once."""
+
+        def keep(name: str) -> Callable[[int], None]:
+            return lambda n: self.block.add(Copy(f"{name}{n}_cotangent_s", "gram_part_f"))
+
+        self.products("d_z_i = sum_j d_ij x_j, d_x_j = sum_i d_ij z_i", keep("reader"), keep("writer"))
+
+    def order(self, r: int, s: int) -> str:
+        return "j <= i" if self.diagonal[r][s] else "j < i"
+
+    # -- a token's own write is not decayed: no product
+
+    def own(self, side: str, n: int) -> str:
+        """What a reader's (or writer's) cotangent has from entries j = i."""
+        terms = []
+        for r, s in self.pairs:
+            if self.diagonal[r][s] and (r if side == "reader" else s) == n:
+                other = self.o.writers[s] if side == "reader" else self.o.readers[r]
+                terms.append(f"({self.d_outs[r][s]('i', 'i')}) * ({other('i', 'j')})")
+        return " + ".join(terms)
+
+    # -- the forms
+
+    def plain(self) -> None:
+        self.fill({True: "", False: ""}, "", "operands of the Gram's adjoint")
+        self.select(self.order, lambda r: "", "cotangents of the secondary matrices")
+        self.kept()
+
+    def scalar(self) -> None:
+        """One rate a head: the matrices' cotangents are decayed as the matrices were."""
+
+        def factor(r: int) -> str:
+            exponent = "span_s[i, j]" if self.o.after[r] else "span_s[T.max(i - 1, 0), j]"
+            return f" * T.if_then_else(i > j, T.exp2({exponent}), 1.0)"
+
+        self.fill({True: "", False: ""}, "", "operands of the Gram's adjoint")
+        self.select(self.order, factor, "cotangents of the secondary matrices, decayed")
+        self.kept()
+        self.scalar_gate()
+
+    def scalar_gate(self) -> None:
+        """d_g[t] = sum over i >= t > j of W_ij = d_ij G_ij; a reader before its own decay counts for row i - 1."""
+        c, block = self.o.chunk, self.block
+        terms, spans = block.shared("gram_terms", c, c), block.fragment("gram_spans", c, c)
+        total = block.fragment("gate_cotangent", c)
+        value = " + ".join(self.scalar_term(r, s) for r, s in self.pairs)
+        block.add(
+            Map(self.entries, ((f"{terms}[j, i]", value),), eq="W_ij = d_ij G_ij, transposed"),
+            Map(
+                (("i", c),),
+                ((f"{terms}[j, i]", f"{terms}[j - 1, i] + {terms}[j, i]"),),
+                serial=("j", 1, c),
+                eq="W_i0 + .. + W_ij",
+            ),
+            Map(
+                self.entries,
+                ((f"{spans}[i, j]", f"T.if_then_else(T.And(i > 0, j >= i), {terms}[T.max(i - 1, 0), j], 0.0)"),),
+                eq="of each row j >= t = i the pairs that begin before t",
+            ),
+            RowSum(total, spans, eq="d_g[t] = sum over the pairs whose decay runs over t"),
+            Copy(block.shared("gate_cotangent", c), total),
+        )
+
+    def scalar_term(self, r: int, s: int) -> str:
+        c, after = self.o.chunk, self.o.after[r]
+        row = "i" if after else f"T.min(i + 1, {c - 1})"
+        keep = "j < i" if after else f"T.And(j < i, i < {c - 1})"
+        gram = f"gram_s[{shifted(r * c, row)}, {shifted(s * c, 'j')}]"
+        return f"T.if_then_else({keep}, ({self.d_outs[r][s](row, 'j')}) * {gram}, 0.0)"
+
+    def factored(self) -> None:
+        """Rows and columns scaled about the anchor, as in the forward; the gate's sums before they are scaled back."""
+        row, col = anchored(self.o)
+        self.fill(row, col, f"bounded gate: rows and columns about row {self.o.chunk // 2}")
+        self.select(lambda r, s: "j < i", lambda r: "", "cotangents of the secondary matrices")
+        self.kept()
+        self.factored_gate()
+        factors = [("reader", r, row[self.o.after[r]]) for r in self.readers]
+        for side, n, factor in (*factors, *(("writer", s, col) for s in self.writers)):
+            at, own = f"{side}{n}_cotangent_s[i, j]", self.own(side, n)
+            value = f"{at} * {factor}" + (f" + {own}" if own else "")
+            self.block.add(Map(self.tile, ((at, value),), eq="scaled as the operand is; a token's own write undecayed"))
+
+    def factored_gate(self) -> None:
+        """d_g[t] = sum over rows i >= t of u_i - w_i, where u_i = z_i d_z_i and w_i = x_i d_x_i: of a pair on one side
+
+        of t both are the same terms, of the same rounded operands, and cancel to fp32. Readers before: u_{i+1} for u_i.
+        """
+        c, block = self.o.chunk, self.block
+        gate = block.shared("gate_cotangent", c, self.o.channels)
+
+        def terms(t: str, last: bool = False) -> str:
+            rows = [(r, t if self.o.after[r] else f"{t} + 1") for r in self.readers if self.o.after[r] or not last]
+            u = [f"T.cast({ROWS}[{shifted(r * c, i)}, j], 'float32') * reader{r}_cotangent_s[{i}, j]" for r, i in rows]
+            w = [
+                f"T.cast({COLS}[{shifted(s * c, t)}, j], 'float32') * writer{s}_cotangent_s[{t}, j]"
+                for s in self.writers
+            ]
+            return f"({' + '.join(u or ['0.0'])}) - ({' + '.join(w)})"
+
+        t = f"{c - 1} - i"
+        channels = (("j", self.o.channels),)
+        block.add(
+            Map(channels, ((f"{gate}[{c - 1}, j]", terms(str(c - 1), last=True)),)),
+            Map(
+                channels,
+                ((f"{gate}[{t}, j]", f"{gate}[{c} - i, j] + ({terms(t)})"),),
+                serial=("i", 1, c),
+                eq="d_g[t] = sum over i >= t of z_i d_z_i - x_i d_x_i",
+            ),
+        )
+
+    def tree(self, gate: Access) -> None:
+        """Blocks of 1, 2, 4.. rows joined in pairs, as in the forward. `through`, `rest`, `before` hold decays, not
+
+        their logarithms, while blocks grow: one exponential a token serves all levels.
+        """
+        c, block = self.o.chunk, self.block
+        names = ["through_s", "rest_s", *(["before_s"] if self.o.before else [])]
+        values = [f"T.exp2({gate('i', 'j')})", "1.0", "1.0"]
+        block.add(
+            Map(
+                self.tile,
+                tuple((f"{name}[i, j]", value) for name, value in zip(names, values)),
+                eq="decays within blocks of 1 token",
+            )
+        )
+        for side, n in (*(("reader", r) for r in self.readers), *(("writer", s) for s in self.writers)):
+            name = block.fragment(f"{side}{n}_cotangent", c, self.o.channels)
+            value = self.own(side, n) or "0.0"
+            block.add(Map(self.tile, ((f"{name}[i, j]", value),), eq="a token's own write is not decayed"))
+        block.fragment("gate_cotangent", c, self.o.channels)
+        half = 1
+        while half < c:
+            self.level(half)
+            half *= 2
+        for name in (*self.streams, "gate_cotangent"):
+            block.add(Copy(block.shared(name, c, self.o.channels), f"{name}_f"))
+        block.add(Map(self.tile, tuple((f"{n}[i, j]", f"T.log2({n}[i, j])") for n in names), eq="sums of log decay"))
+
+    def level(self, half: int) -> None:
+        """Pairs of blocks: products of their cotangents, scaled as the operands are; what they give the gate."""
+        pair, block = 2 * half, self.block
+        factor = {True: "through_s[i, j]", False: "before_s[i, j]"}
+        kinds = sorted({self.o.after[r] for r in self.readers}, reverse=True)
+        terms = {after: "gram_terms" if after == kinds[0] else "gram_terms_before" for after in kinds}
+        begun = set()
+        self.fill(factor, "rest_s[i, j]", f"pairs of {half}-token blocks, about the last row of the first")
+        halves = f"T.And(i % {pair} >= {half}, j % {pair} < {half})"
+        same = f"T.And(i // {pair} == j // {pair}, {halves})" if pair < self.o.chunk else halves
+        self.select(lambda r, s: same, lambda r: "", "their part of the matrices' cotangents")
+        for after in kinds:
+            self.spans(half, terms[after], after, first=after == kinds[0])
+
+        def add(stream: str, scale: str, operand: str, after: bool) -> None:
+            name = block.fragment(terms[after], self.o.chunk, self.o.channels)
+            sum_so_far = f"{name}[i, j] + " if name in begun else ""
+            begun.add(name)
+            assign = (
+                (f"{stream}_cotangent_f[i, j]", f"{stream}_cotangent_f[i, j] + gram_part_f[i, j] * {scale}"),
+                (f"{name}[i, j]", f"{sum_so_far}T.cast({operand}, 'float32') * gram_part_f[i, j]"),
+            )
+            block.add(Map(self.tile, assign))
+
+        c = self.o.chunk
+        self.products(
+            "d_z_i = sum_j d_ij x_j, d_x_j = sum_i d_ij z_i of these pairs",
+            lambda r: add(f"reader{r}", factor[self.o.after[r]], f"{ROWS}[{shifted(r * c, 'i')}, j]", self.o.after[r]),
+            lambda s: add(f"writer{s}", "rest_s[i, j]", f"{COLS}[{shifted(s * c, 'i')}, j]", kinds[0]),
+        )
+        for after in kinds:
+            self.give_gate(terms[after], clear=half == 1 and after == kinds[0])
+        block.add(*doubled(self.o, half, "*", "1.0"))
+
+    def spans(self, half: int, terms: str, after: bool, first: bool) -> None:
+        """Which rows' terms (j) a token (i) gets: in a second block those from it on, in a first those before it."""
+        later = f"T.if_then_else({'j >= i' if after else 'j > i'}, 1.0, 0.0)"
+        earlier = "T.if_then_else(j < i, 1.0, 0.0)" if first else "0.0"
+        value = f"T.if_then_else(i % {2 * half} >= {half}, {later}, {earlier})"
+        name = self.block.shared(f"{terms}_span", self.o.chunk, self.o.chunk, dtype=TERMS)
+        inside = f"T.if_then_else(i // {half} == j // {half}, {value}, 0.0)"
+        self.block.add(Map(self.entries, ((f"{name}[i, j]", inside),), eq="1 where a row's decay runs over the token"))
+
+    def give_gate(self, terms: str, clear: bool) -> None:
+        c, k = self.o.chunk, self.o.channels
+        kept = self.block.shared(terms, c, k, dtype=TERMS)
+        eq = "d_g[t] = sum over the pairs whose decay runs over t"
+        self.block.add(
+            Copy(kept, f"{terms}_f"), Gemm("gate_cotangent_f", f"{terms}_span_s", kept, (c, k, c), clear=clear, eq=eq)
+        )
+
+
+def lower_spread(block: Block, name: str, a: Access, span: Span, shape: tuple[int, ...]) -> Access:
+    """Append out[t] = sum of a[i] over i >= t (THROUGH), i > t (BEFORE) or i < t (REST); [C, K] or [C], in fp32."""
+    return (_spread_channels if len(shape) == 2 else _spread_rows)(block, name, a, span, *shape)
+
+
+def _spread_channels(block: Block, name: str, a: Access, span: Span, c: int, channels: int) -> Access:
+    out, eq = block.shared(name, c, channels), f"sums over the rows whose span '{span.value}' holds the token"
+    here, one_on = ("i", "i - 1") if span == Span.REST else (f"{c - 1} - i", f"{c} - i")
+    start = "0" if span == Span.REST else str(c - 1)
+    added = here if span == Span.THROUGH else one_on
+    first = a(start, "j") if span == Span.THROUGH else "0.0"
+    block.add(
+        Map((("j", channels),), ((f"{out}[{start}, j]", first),)),
+        Map(
+            (("j", channels),),
+            ((f"{out}[{here}, j]", f"{out}[{one_on}, j] + {a(added, 'j')}"),),
+            serial=("i", 1, c),
+            eq=eq,
+        ),
+    )
+    return element(out)
+
+
+def _spread_rows(block: Block, name: str, a: Access, span: Span, c: int) -> Access:
+    holds = {Span.THROUGH: "j >= i", Span.BEFORE: "j > i", Span.REST: "j < i"}[span]
+    terms, total = block.fragment(f"{name}_spans", c, c), block.fragment(f"{name}_spread", c)
+    block.add(
+        Map((("i", c), ("j", c)), ((f"{terms}[i, j]", f"T.if_then_else({holds}, {a('j')}, 0.0)"),)),
+        RowSum(total, terms, eq=f"sums over the rows whose span '{span.value}' holds the token"),
+        Copy(block.shared(name, c), total),
+    )
+    return element(f"{name}_s")
