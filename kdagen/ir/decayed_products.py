@@ -158,7 +158,9 @@ def decay_matrices(op: Gram, spans: Spans, shape, arena) -> list:
         through, rest = pairs(spans.through, spans.size)[..., 1, :, :], pairs(spans.rest, spans.size)[..., 0, :, :]
         torch.mul(through, rest.mT, out=below(matrix, spans.size))
         spans.double()
-    return [matrix if after else shifted(matrix) for after in op.after]
+    before = matrix if all(op.after) else shifted(matrix)
+    before.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return [matrix if after else before for after in op.after]
 
 
 def exp(x, out):
