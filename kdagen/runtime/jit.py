@@ -17,7 +17,6 @@ from kdagen.errors import ArgumentError, TargetError, ToolchainError
 from kdagen.runtime import manifest as manifests
 from kdagen.runtime.loader import LoadedOp, cached_op_folder, find_built, load_op
 from kdagen.runtime.options import Options
-from kdagen.schedule import Schedule
 from kdagen.target import TARGETS, Target, target
 
 log = logging.getLogger("kdagen")
@@ -160,9 +159,7 @@ class JustInTime:
 
 def training_schedule(options: Options) -> dict:
     """The fields of the training kernels' schedule that were chosen: `schedule` itself speaks of inference only."""
-    given = getattr(options, "training_schedule", None)
-    fields = given.fields() if isinstance(given, Schedule) else dict(given or {})
-    return {"keep": getattr(options, "keep", "states"), **fields}
+    return {"keep": options.keep, **(options.training_schedule or {})}
 
 
 def _has_nvcc() -> bool:

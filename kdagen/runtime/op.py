@@ -23,7 +23,7 @@ from kdagen.schedule import Keep
 
 if TYPE_CHECKING:
     from kdagen.recurrence import Recurrence
-    from kdagen.schedule import Schedule
+    from kdagen.schedule import Schedule, TrainingSchedule
 
 log = logging.getLogger("kdagen")
 _ops: dict[str, Op] = {}  # by identity: what is compiled again unchanged, as notebooks do, is the same op
@@ -39,6 +39,7 @@ def compile(
     templates: Sequence[str | Path] = (),
     build_dir: str | Path | None = None,
     keep: str = "states",
+    training_schedule: TrainingSchedule | dict | None = None,
 ) -> Op:
     """The op of a recurrence. Nothing is compiled here; on CPU tensors only `recurrence` matters.
 
@@ -47,12 +48,13 @@ def compile(
         head_dim: (K, V) of the GPU kernels, each 64, 128 or 256; one number stands for both.
         dtype: of keys, values and output on GPUs: "bfloat16" or "float16" (or torch's).
         arch: "sm90" and the like; that of the tensors' GPU unless given.
-        schedule: a whole schedule, or the fields in which it differs from the default.
+        schedule: of inference: a whole schedule, or the fields in which it differs from the default.
         gate_dtype: of gates and scalars a token on GPUs; `dtype` unless given.
         templates: folders of kernel skeletons that come before kdagen's own.
         build_dir: the folder that `kdagen build` wrote; KDAGEN_BUILD_DIR or ./kdagen_ops unless given.
         keep: what a forward leaves for its backward beside its arguments: "inputs" (nothing: all is computed again),
             "states" (the state before each chunk) or "all" (what prepare made too).
+        training_schedule: as `schedule`, of the kernels that train; a `keep` of its own counts.
 
     Raises:
         RecurrenceError: the recurrence is outside the family, or there is none of that name.
@@ -63,7 +65,7 @@ def compile(
     from kdagen.runtime import jit, options
 
     spec, recurrence = recurrence, load(recurrence)
-    chosen = options.options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep)
+    chosen = options.options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep, training_schedule)
     form = canonical(recurrence)
     description = describe(recurrence, form)
     description["canonical"]["doc"] = ""

@@ -26,18 +26,15 @@ class Options:
     templates: tuple[str, ...] = ()
     build_dir: str | None = None
     keep: Keep = Keep.STATES
+    training_schedule: dict | None = None  # the fields in which training's differs; what it keeps is `keep`
 
     def json(self) -> dict:
         """What tells these options from others, the text of the skeletons included."""
-        fields = {**vars(self), "schedule": self.fields()}
+        fields = {**vars(self), "schedule": _fields(self.schedule), "training_schedule": self.training_schedule}
         texts = [
             (path.name, path.read_text()) for folder in self.templates for path in sorted(Path(folder).glob("*.j2"))
         ]
         return {**fields, "templates": [self.templates, texts]}
-
-    def fields(self) -> dict:
-        """The schedule's fields that were chosen."""
-        return self.schedule.fields() if isinstance(self.schedule, Schedule) else dict(self.schedule or {})
 
     def words(self) -> list[str]:
         """The same as options of `kdagen build`; defaults are left out."""
@@ -45,13 +42,26 @@ class Options:
             *([("--head-dim", f"{self.head_dim[0]},{self.head_dim[1]}")] if self.head_dim != Options.head_dim else []),
             *([("--dtype", self.dtype)] if self.dtype != Options.dtype else []),
             *([("--gate-dtype", self.gate_dtype)] if self.gate_dtype else []),
-            *(("--schedule", f"{field}={getattr(value, 'value', value)}") for field, value in self.fields().items()),
+            *_choices("--schedule", self.schedule),
+            *([("--keep", self.keep.value)] if self.keep != Options.keep else []),
+            *_choices("--training-schedule", self.training_schedule),
             *(("--templates", folder) for folder in self.templates),
         ]
         return [word for pair in pairs for word in pair]
 
 
-def options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep=Keep.STATES) -> Options:
+def _fields(schedule: Schedule | dict | None) -> dict:
+    """The fields that were chosen."""
+    return schedule.fields() if isinstance(schedule, Schedule) else dict(schedule or {})
+
+
+def _choices(option: str, schedule: Schedule | dict | None):
+    return ((option, f"{field}={getattr(value, 'value', value)}") for field, value in _fields(schedule).items())
+
+
+def options(
+    head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep=Keep.STATES, training_schedule=None
+) -> Options:
     """Options as plain data; what no schedule or GPU could take is refused here."""
     dims = (head_dim, head_dim) if isinstance(head_dim, int) else tuple(head_dim)
     if len(dims) != 2 or not all(isinstance(n, int) and n > 0 for n in dims):
@@ -66,9 +76,11 @@ def options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, k
     folders = tuple(str(Path(folder).resolve()) for folder in templates)
     gates = short(gate_dtype) if gate_dtype else None
     place = str(Path(build_dir).resolve()) if build_dir else None
-    if keep not in list(Keep):
+    training = _fields(training_schedule)
+    if (keep := training.pop("keep", keep)) not in list(Keep):
         raise ArgumentError(f"keep = {keep!r}: expected one of {', '.join(k.value for k in Keep)}")
-    return Options(dims, name, target(arch).name if arch else None, schedule, gates, folders, place, Keep(keep))
+    chip = target(arch).name if arch else None
+    return Options(dims, name, chip, schedule, gates, folders, place, Keep(keep), training or None)
 
 
 def wide_arguments(canonical, chosen: Options) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from kdagen.errors import ArgumentError, ArtefactError, KdagenError
 from kdagen.runtime import manifest as manifests
 from kdagen.runtime.loader import LoadedOp, load_op
+from kdagen.schedule import Keep
 
 
 class BuiltOp:
@@ -41,7 +42,8 @@ class BuiltOp:
 
         digests = [variant.manifest["digest"] for variant in self.variants]
         identity = torch_op.identity("built", str(self.folder.resolve()), digests)
-        self._op = shared(identity, lambda: Op(signature(self.recurrence), identity, self._canonical, self))
+        make = lambda: Op(signature(self.recurrence), identity, self._canonical, self, self.keep, self.wide)  # noqa: E731
+        self._op = shared(identity, make)
         return self._op
 
     @cached_property
@@ -53,6 +55,18 @@ class BuiltOp:
                 f"{self.folder} holds no built kernels: rebuild it with `kdagen build --op {self.name}`"
             )
         return found
+
+    @property
+    def keep(self) -> Keep:
+        """What a forward in training leaves for its backward, as its kernels were built."""
+        return next((Keep(v.plan["schedule"]["keep"]) for v in self.variants if v.training), Keep.STATES)
+
+    @property
+    def wide(self) -> set[str]:
+        """The arguments a token that every variant takes in float32."""
+        specs = [v.plan["tensors"].values() for v in self.variants]
+        wide = [{t["name"] for t in tensors if "T" in t["shape"] and t["dtype"] == "float32"} for tensors in specs]
+        return set.intersection(*wide)
 
     @property
     def recurrence(self) -> dict:
