@@ -1,6 +1,7 @@
 """The scans of an op in training by themselves, lowered and generated: prepare, scan, replay, reverse."""
 
 from kdagen.autotune.select import default_training_schedule
+
 from kdagen.codegen.tilelang import render
 from kdagen.derive.adjoint import adjoint
 from kdagen.derive.canonical import canonical

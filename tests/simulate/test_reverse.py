@@ -23,9 +23,7 @@ class Run:
     def __init__(self, name, chunk_size=16, tokens=75, gate="mild", head_dim=64, segment=2, seeds=(), **choices):
         self.recurrence, self.segment, self.seeds = zoo.get(name), segment, seeds
         self.target = target(choices.get("arch", "sm90"))
-        schedule, self.sources = generated(
-            self.recurrence, head_dim, chunk_size=chunk_size, segment=segment, **choices
-        )
+        schedule, self.sources = generated(self.recurrence, head_dim, chunk_size=chunk_size, segment=segment, **choices)
         self.chunk, self.specs = schedule.chunk_size, {p.name: p for s in self.sources.values() for p in s.params}
         self.chunks = -(-tokens // self.chunk)
         k, v = self.specs["d_final_state"].shape[2:]
