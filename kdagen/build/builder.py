@@ -69,7 +69,8 @@ def compile_kernels(sources: Sequence, jobs: int | None, progress: Progress) -> 
     cache = Cache(debug.cache_dir())
     wanted = {job_key(job): job for source in sources for job in _jobs(source)}
     found = {k: entry for k in wanted if (entry := cache.get(k))}
-    missing = {k: job for k, job in wanted.items() if k not in found}
+    longest_first = sorted(wanted.items(), key=lambda item: -len(item[1].text))  # long texts take long to compile
+    missing = {k: job for k, job in longest_first if k not in found}
     with progress.over(wanted, done=found) as say:
         if missing:
             pool.compile_all(missing, debug.cache_dir(), jobs or os.cpu_count() or 1, say)

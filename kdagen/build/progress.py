@@ -82,7 +82,7 @@ def summary(built) -> str:
     console = Console(width=120)
     with console.capture() as text:
         console.print(table)
-    return text.get() + "".join(f"warning: {w}\n" for op in built for k in op.kernels for w in warnings(k))
+    return text.get() + "".join(f"warning: {w}\n" for op in built for k in op.kernels for w in warnings(k, op.training))
 
 
 def _figures(kernel: dict) -> list[str]:
@@ -95,8 +95,9 @@ def _figures(kernel: dict) -> list[str]:
     return [str(threads), *code, f"{shared / 1024:.1f}", "cached" if kernel["cached"] else f"{kernel['seconds']:.1f}"]
 
 
-def warnings(kernel: dict) -> list[str]:
+def warnings(kernel: dict, training: bool = False) -> list[str]:
     """What may make a kernel slow: spills, and products that ptxas runs one at a time; the manifest holds the rest."""
+    name = f"{kernel['name']}{' (training)' if training else ''}"
     spilled = (kernel["spill_stores"] or 0) + (kernel["spill_loads"] or 0)
-    spill = [f"{kernel['name']} spills {spilled} bytes of registers to memory: right, but slower"] if spilled else []
-    return [*spill, *(f"{kernel['name']}: {line}" for line in kernel["warnings"] if WAIT_INJECTED not in line)]
+    spill = [f"{name} spills {spilled} bytes of registers to memory: right, but slower"] if spilled else []
+    return [*spill, *(f"{name}: {line}" for line in kernel["warnings"] if WAIT_INJECTED not in line)]

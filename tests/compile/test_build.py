@@ -11,6 +11,7 @@ from pathlib import Path
 import mock_driver
 import pytest
 import toy
+import toy_training
 from mock_driver import tensor
 
 from kdagen import debug
@@ -95,6 +96,14 @@ def test_the_summary_lists_every_kernel(built):
     assert scan.split()[:5] == ["toy", "inference", "sm90", "toy_scan", "256"]
 
 
+def test_what_takes_longest_is_compiled_first(monkeypatch, tmp_path):
+    order = []
+    monkeypatch.setenv("KDAGEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(builder.pool, "compile_all", lambda jobs, *_: order.extend(len(j.text) for j in jobs.values()))
+    builder.compile_kernels([toy.toy(), toy_training.toy()], 2, builder.Progress(silent=True))
+    assert len(order) == 5 and order == sorted(order, reverse=True)
+
+
 def test_a_warm_build_needs_no_tilelang_and_leaves_the_same_bytes(built, tmp_path):
     process = build_process(tmp_path / "again")
     assert process.communicate() == ("[]\n", "")
@@ -157,6 +166,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, {str(built.folder.parents[1].parent)!r})
 from my_ops import toy
+import toy_training
 print(toy)
 print(sorted(toy.variants[0].functions()))
 """

@@ -126,6 +126,7 @@ def test_what_spills_is_warned_of():
         "kda_scan spills 20 bytes of registers to memory: right, but slower",
         "kda_scan: ptxas info : (C7512) serialized",
     ]
+    assert progress.warnings(kernel, training=True)[0].startswith("kda_scan (training) spills 20 bytes")
 
 
 def test_the_environment_decides_the_folders(monkeypatch, tmp_path):
