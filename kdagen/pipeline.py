@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdagen.autotune.select import default_schedule
+from kdagen.autotune.select import default_schedule, default_training_schedule
 from kdagen.codegen.source import OpSource
 from kdagen.codegen.tilelang import render
 from kdagen.derive.adjoint import adjoint
@@ -19,6 +19,7 @@ from kdagen.ir.tensor import Adjoint, Program
 from kdagen.ir.tensor_verify import verify, verify_adjoint
 from kdagen.ir.tile import Kernel
 from kdagen.lower import lower
+from kdagen.lower.training import lower_training
 from kdagen.runtime.signature import describe
 from kdagen.schedule import DTYPES, Schedule, TrainingSchedule
 from kdagen.target import target as find_target
@@ -88,9 +89,6 @@ def compile_training_stages(
 
     The source's `passes` name the kernels of each in launch order, `kept` what passes from one to the other.
     """
-    from kdagen.autotune.select import default_training_schedule
-    from kdagen.lower.training import lower_training
-
     call = _Call(recurrence, head_dim, dtype, arch, gate_dtype)
     derived = verify_adjoint(adjoint(call.program))  # tensor IR of a chunk's backward
     schedule = call.schedule(schedule, TrainingSchedule, default_training_schedule)
