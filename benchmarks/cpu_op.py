@@ -1,11 +1,12 @@
 """KDA on CPU: kdagen's op against transformers' torch fallback and the plain per-token recurrence, side by side.
 
     pip install transformers==5.23.0 && pip install -e . && python benchmarks/cpu_op.py
+    python benchmarks/cpu_op.py --backward        forward and backward through autograd, against the fallback's
 
 Every round times each contestant once, in turn, so that whatever else the machine does hits all alike; reported are the
 best and the median of the rounds, and ratios of medians. Peak memory is that of one call in a fresh process: the
 kernel's high-water mark of resident memory (VmHWM, reset just before the call) less what was resident then, inputs
-included. Each run adds a line to benchmarks/results/cpu_op.jsonl.
+included. Each run adds a line to benchmarks/results/cpu_op.jsonl, or cpu_backward.jsonl.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "cpu_op.jsonl"
+RESULTS = Path(__file__).parent / "results"
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 MIB = 1024
 
@@ -72,15 +73,35 @@ def recurrence():
 CONTESTANTS = {"kdagen": kdagen, "transformers": transformers, "recurrence": recurrence}
 
 
-def seconds(names: list[str], t: int, rounds: int) -> dict[str, list[float]]:
+def training(name: str):
+    """Forward and backward of a contestant: the gradients of all inputs, from those of output and final state."""
+    import torch
+
+    run = CONTESTANTS[name]()
+
+    def both(**given):
+        leaves = [x.requires_grad_() for x in given.values()]
+        with torch.enable_grad():
+            results = run(**given)
+        return torch.autograd.grad(results, leaves, [torch.full_like(x, 0.1) for x in results])
+
+    return both
+
+
+def contestant(name: str, backward: bool):
+    return training(name) if backward else CONTESTANTS[name]()
+
+
+def seconds(names: list[str], t: int, rounds: int, backward: bool = False) -> dict[str, list[float]]:
     """Times of each contestant in each round; all must agree first."""
     import torch
 
-    given, runs = inputs(t), {name: CONTESTANTS[name]() for name in names}
-    outputs = {name: run(**given)[0] for name, run in runs.items()}
-    for name, o in outputs.items():
-        error = float((o - outputs[names[-1]]).norm() / outputs[names[-1]].norm())
-        assert error < 1e-4, f"{name} differs from {names[-1]} by {error}"
+    given, runs = inputs(t), {name: contestant(name, backward) for name in names}
+    results = {name: run(**given) for name, run in runs.items()}
+    for name, found in results.items():
+        for x, expected in zip(found, results[names[-1]], strict=True):
+            error = float((x - expected).norm() / expected.norm())
+            assert error < 1e-4, f"{name} differs from {names[-1]} by {error}"
     found = {name: [] for name in names}
     with torch.no_grad():
         for _ in range(rounds):
@@ -97,9 +118,9 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def peak_mib(name: str, t: int) -> float:
+def peak_mib(name: str, t: int, backward: bool = False) -> float:
     """Peak memory of one call above what was resident before it; a call on a few tokens has loaded the libraries."""
-    run, given = CONTESTANTS[name](), inputs(t)
+    run, given = contestant(name, backward), inputs(t)
     run(**inputs(70))
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -107,9 +128,9 @@ def peak_mib(name: str, t: int) -> float:
     return (resident("VmHWM") - before) / MIB
 
 
-def fresh_peak_mib(name: str, t: int) -> float:
+def fresh_peak_mib(name: str, t: int, backward: bool) -> float:
     """`peak_mib` in a process of its own."""
-    command = [sys.executable, __file__, "--peak", name, "--tokens", str(t)]
+    command = [sys.executable, __file__, "--peak", name, "--tokens", str(t), *["--backward"] * backward]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -134,12 +155,13 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {n: {"best_ms": 1e3 * min(t), "median_ms": 1e3 * statistics.median(t)} for n, t in times.items()}
 
 
-def measure(tokens: int, rounds: int) -> dict:
+def measure(tokens: int, rounds: int, backward: bool) -> dict:
     """The whole comparison as one record."""
     record = {"date": datetime.date.today().isoformat(), **machine(), "shape": f"B=1 T={tokens} H=8 K=V=128 float32"}
-    record["tokens"] = summary(seconds(["kdagen", "transformers"], tokens, rounds))
-    record["peak_mib"] = {name: fresh_peak_mib(name, tokens) for name in ("kdagen", "transformers")}
-    record["by_length"] = {t: summary(seconds(["kdagen", "recurrence"], t, 3 * rounds)) for t in LENGTHS}
+    record["tokens"] = summary(seconds(["kdagen", "transformers"], tokens, rounds, backward))
+    record["peak_mib"] = {name: fresh_peak_mib(name, tokens, backward) for name in ("kdagen", "transformers")}
+    if not backward:
+        record["by_length"] = {t: summary(seconds(["kdagen", "recurrence"], t, 3 * rounds)) for t in LENGTHS}
     return record
 
 
@@ -154,12 +176,21 @@ def report(record: dict) -> None:
         fallback.add_row(name, f"{t['best_ms']:.1f}", f"{t['median_ms']:.1f}", f"{peaks[name]:.0f}")
     ratios = [theirs[f] / mine[f] for f in ("best_ms", "median_ms")] + [peaks["transformers"] / peaks["kdagen"]]
     fallback.add_row("ratio", *(f"{r:.1f}x" for r in ratios))
-    lengths = Table("T", "kdagen ms", "per-token recurrence ms", "ratio", title="medians by length")
-    for t, found in record["by_length"].items():
-        a, b = (found[n]["median_ms"] for n in ("kdagen", "recurrence"))
-        lengths.add_row(str(t), f"{a:.2f}", f"{b:.2f}", f"{b / a:.1f}x")
     console = Console()
-    console.print(fallback, lengths)
+    console.print(fallback)
+    if "by_length" in record:
+        console.print(by_length(record["by_length"]))
+
+
+def by_length(found: dict):
+    """The table of medians against the per-token recurrence."""
+    from rich.table import Table
+
+    table = Table("T", "kdagen ms", "per-token recurrence ms", "ratio", title="medians by length")
+    for t, times in found.items():
+        a, b = (times[n]["median_ms"] for n in ("kdagen", "recurrence"))
+        table.add_row(str(t), f"{a:.2f}", f"{b:.2f}", f"{b / a:.1f}x")
+    return table
 
 
 def main() -> None:
@@ -167,14 +198,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peak", choices=CONTESTANTS, help="only print one contestant's peak memory in MiB")
+    parser.add_argument("--backward", action="store_true", help="forward and backward, through autograd")
     options = parser.parse_args()
     if options.peak:
-        print(peak_mib(options.peak, options.tokens))
+        print(peak_mib(options.peak, options.tokens, options.backward))
         return
-    record = measure(options.tokens, options.rounds)
+    record = measure(options.tokens, options.rounds, options.backward)
     report(record)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / ("cpu_backward.jsonl" if options.backward else "cpu_op.jsonl")).open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
