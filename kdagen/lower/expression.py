@@ -41,7 +41,7 @@ class TilePrinter(StrPrinter):
             raise RecurrenceError(f"'{expr}' has no GPU form: expected functions among {', '.join(FUNCTIONS)}")
         return FUNCTIONS[name].format(*(self._print(a) for a in expr.args))
 
-    _print_Abs = _print_Function
+    _print_Abs = _print_Heaviside = _print_Function  # sympy prints these in a way of its own
 
     def _print_minmax(self, expr):
         first, *rest = (self._print(a) for a in expr.args)
