@@ -10,7 +10,7 @@ from kdagen.runtime import manifest as manifests
 from kdagen.schedule import Keep
 from kdagen.target import target
 
-LABEL = 16
+LABEL = 14
 KIB = 1024
 
 
@@ -61,8 +61,8 @@ def describe_training(op) -> list[tuple[str, str]]:
     keep = op.training.keep
     return [
         ("training", f"keep='{keep.value}': a forward keeps {KEPT[keep]}"),
-        ("  CPU tensors", _kept_on_cpu(op)),
-        ("  CUDA tensors", _training_on_gpus(op)),
+        ("  on CPU", _kept_on_cpu(op)),
+        ("  on GPUs", _training_on_gpus(op)),
     ]
 
 
@@ -86,6 +86,11 @@ def _training_on_gpus(op) -> str:
         f"keep {kept} bytes a token a head; kernels for {plan['target']} with chunks of {plan['chunk_size']} tokens "
         f"move {forward} (forward) and {backward} (backward), as modelled"
     )
+
+
+def describe_trained(plan: dict) -> list[tuple[str, str]]:
+    """What tells a package's kernels of training from those of inference, which come before them."""
+    return [("  in training", f"{plan['target']}, keep='{plan['schedule']['keep']}'")]
 
 
 def _reason(plan: dict, decay: str, chunk: int) -> str:

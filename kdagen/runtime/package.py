@@ -119,9 +119,7 @@ class BuiltOp:
 
         rows = []
         for variant in self.variants:
-            plan = variant.plan
-            in_training = [("  in training", f"{plan['target']}, keep='{plan['schedule']['keep']}'")]
-            rows += in_training if variant.training else explain.describe_plan(plan)
+            rows += explain.describe_trained(variant.plan) if variant.training else explain.describe_plan(variant.plan)
             rows += explain.describe_kernels(variant.folder, "this package")
         return rows
 
