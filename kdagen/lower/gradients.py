@@ -25,6 +25,7 @@ from kdagen.ir.tensor import (
     Spread,
     Value,
     reads,
+    writes,
 )
 from kdagen.ir.tensor import (
     Map as TensorMap,
@@ -93,7 +94,7 @@ class Gradients(Prepare):
         self.tiles: dict[str, str] = {}  # values that lie in the operand dtype in shared memory, as products need them
         self.formed: dict = {}  # operands of each Gram
         self.state, self.d_next, self.d_state = adjoint.forward.state, adjoint.d_next_state, adjoint.d_state
-        self.stored_results = {value: argument for argument, value in adjoint.results if value is not None}
+        self.written = {value for _, value in adjoint.results if value is not None}
         self.handlers = {
             Load: self.load, TensorMap: self.map, RowSum: self.sums, ColSum: self.sums, Spread: self.spread,
             GramAdjoint: self.gram_adjoint, Interleave: self.interleave, Deinterleave: self.deinterleave,
@@ -143,8 +144,13 @@ class Gradients(Prepare):
             self.load_values("d_o_in", self.adjoint.d_out, "cotangent of the output")
         for op in self.order():
             (self.step if op in self.steps else self.lower)(op)
+            self.write_made(set(writes(op)))
+        self.write_made({self.adjoint.d_out})  # a term of the output that an argument is by itself
+
+    def write_made(self, values: set[Value]) -> None:
+        """Gradients among these values to their places, so that their tiles are free again."""
         for argument, value in self.adjoint.results:
-            if value is not None:
+            if value in values:
                 self.write(argument, value)
 
     def order(self) -> tuple:
@@ -237,7 +243,7 @@ class Gradients(Prepare):
     def elementwise(self, value: Value) -> bool:
         """Whether anything but a product reads a value."""
         others = (op for op in self.ops if not isinstance(op, MatMul))
-        return value in self.stored_results or any(value in reads(op) for op in others)
+        return value in self.written or any(value in reads(op) for op in others)
 
     def step(self, op) -> None:
         """The state's cotangent before the chunk, in place: decayed, then the products added."""
@@ -323,7 +329,7 @@ def part(read, rows: int, r: int, cols: int, s: int):
     """Access to one stream's part of interleaved rows (and columns)."""
 
     def access(row: str, *col: str) -> str:
-        index = [f"{row} * {rows} + {r}" if rows > 1 else row]
+        index = [f"({row}) * {rows} + {r}" if rows > 1 else row]
         index += [f"{c} * {cols} + {s}" if cols > 1 else c for c in col]
         return read(*index)
 
