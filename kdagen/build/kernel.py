@@ -117,7 +117,7 @@ def check_threads(job: Job, lowered) -> None:
     if (threads := math.prod(int(n) for n in lowered.threads)) > MAX_THREADS:
         raise ScheduleError(
             f"{job.name} has {threads} threads a block (its producer warps included), a GPU takes {MAX_THREADS}: "
-            f"lower {_fields(job, THREAD_FIELDS)} in the schedule"
+            f"lower {_fields(job, THREAD_FIELDS)} in {_schedule(job)}"
         )
 
 
@@ -126,13 +126,17 @@ def check_shared(job: Job, gpu: Target, dynamic: int, static: int = 0) -> None:
     if (needed := dynamic + static) > gpu.shared_bytes:
         raise ScheduleError(
             f"{job.name} needs {needed / KIB:.1f} KiB of shared memory a block, {gpu.name} ({gpu.example}) has "
-            f"{gpu.shared_bytes // KIB} KiB: lower {_fields(job, SHARED_FIELDS)} in the schedule"
+            f"{gpu.shared_bytes // KIB} KiB: lower {_fields(job, SHARED_FIELDS)} in {_schedule(job)}"
         )
 
 
 def _fields(job: Job, table: dict) -> str:
     present = [f"{field} (now {job.schedule[field]})" for field in table.get(job.family, ()) if field in job.schedule]
     return " or ".join(present) or "the tile sizes"
+
+
+def _schedule(job: Job) -> str:
+    return "the schedule of training (--inference-only builds without)" if job.training else "the schedule"
 
 
 def job_of(kernel, source) -> Job:

@@ -39,43 +39,70 @@ def build(*options) -> str:
     return result.output
 
 
+def folder(workplace, purpose: str = ""):
+    return workplace / "kdagen_ops" / "kda" / f"sm90-bf16-128x128{purpose}"
+
+
 @pytest.fixture(scope="module")
-def kda(workplace) -> dict:
-    output = build("--op", "kda")
-    assert "use:  from kdagen_ops import kda" in output
-    assert "warning" not in output
-    return manifest.read(workplace / "kdagen_ops" / "kda" / "sm90-bf16-128x128")
+def said(workplace) -> str:
+    return build("--op", "kda")
 
 
-def test_kda_on_sm90_keeps_to_its_budget(kda):
-    for kernel in kda["kernels"]:
+@pytest.fixture(scope="module")
+def kda(said, workplace) -> dict:
+    return manifest.read(folder(workplace))
+
+
+def test_a_build_says_how_to_use_it_and_has_nothing_to_warn_of(said):
+    assert "use:  from kdagen_ops import kda" in said
+    assert "warning" not in said
+
+
+@pytest.fixture(scope="module")
+def training(kda, workplace) -> dict:
+    return manifest.read(folder(workplace, "-training"))
+
+
+@pytest.mark.parametrize("purpose", ["kda", "training"])
+def test_kda_on_sm90_keeps_to_its_budget(purpose, request):
+    for kernel in request.getfixturevalue(purpose)["kernels"]:
         assert kernel["spill_stores"] == kernel["spill_loads"] == 0
         assert kernel["shared_bytes"] + kernel["static_shared_bytes"] <= target("sm90").shared_bytes
         assert kernel["warnings"] == []  # C7512: wgmma serialised
 
 
+def test_training_has_both_passes_and_keeps_the_states(training):
+    names = [kernel["name"] for kernel in training["kernels"]]
+    assert names == ["kda_prepare", "kda_scan", "kda_reverse", "kda_gradients"]  # each once
+    assert training["plan"]["passes"] == {
+        "forward": ["kda_prepare", "kda_scan"],
+        "backward": ["kda_prepare", "kda_reverse", "kda_gradients"],
+    }
+    assert training["plan"]["kept"] == ["S_w"]
+    assert training["plan"]["tensors"]["d_beta_out"]["of"] == "beta"
+
+
 def test_kda_on_sm90_uses_tensor_cores_in_every_kernel(kda, workplace):
     prepare, *_, scan = kda["kernels"]
-    folder = workplace / "kdagen_ops" / "kda" / "sm90-bf16-128x128"
-    assert "mma" in (folder / prepare["code"]).read_text()
-    assert "wgmma" in (folder / scan["code"]).read_text()
+    assert "mma" in (folder(workplace) / prepare["code"]).read_text()
+    assert "wgmma" in (folder(workplace) / scan["code"]).read_text()
     if toolchain.has_disassembler():
         assert scan["sass"]["HGMMA"] > 0 == scan["sass"]["HMMA"]
         assert scan["sass"]["UTMALDG"] > 0 and scan["sass"]["LDL"] == scan["sass"]["STL"] == 0
 
 
-def test_a_second_run_compiles_nothing(kda, workplace):
+def test_a_second_run_compiles_nothing(kda, training, workplace):
     output = build("--op", "kda")
-    assert output.count("cached") == len(kda["kernels"])
-    assert manifest.read(workplace / "kdagen_ops" / "kda" / "sm90-bf16-128x128") == kda
+    assert output.count("cached") == len(kda["kernels"]) + len(training["kernels"])
+    assert manifest.read(folder(workplace)) == kda and manifest.read(folder(workplace, "-training")) == training
 
 
 def test_a_recurrence_from_a_file_joins_the_folder(kda, workplace):
-    output = build("--op", "mine.py:leaky", "--head-dim", "64", "--dtype", "float16")
+    output = build("--op", "mine.py:leaky", "--head-dim", "64", "--dtype", "float16", "--inference-only")
     assert "use:  from kdagen_ops import leaky" in output
     code = "import kdagen_ops as ops; print(ops.kda); print(ops.leaky)"
     run = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
     assert run.stdout.splitlines() == [
-        "kda(q, k, v, g, beta) built for sm90-bf16-128x128",
+        "kda(q, k, v, g, beta) built for sm90-bf16-128x128, sm90-bf16-128x128-training",
         "leaky(q, k, v, rate) built for sm90-fp16-64x64",
     ], run.stderr

@@ -9,11 +9,13 @@ import toy_training
 from click.testing import CliRunner
 
 from kdagen import cli, zoo
+from kdagen.build.kernel import check_shared, job_of
 from kdagen.errors import ArgumentError, ScheduleError
 from kdagen.pipeline import compile_training
 from kdagen.runtime.loader import LoadedOp
 from kdagen.schedule import Schedule
 from kdagen.simulate.run import simulate_training
+from kdagen.target import target
 
 GIVEN = {"x": torch.zeros(1, 20, 2, 64, dtype=torch.bfloat16), "g": torch.zeros(1, 20, 2), "a": torch.zeros(2)}
 
@@ -62,3 +64,11 @@ def test_a_build_says_how_to_do_without_training():
     result = run("build", "--arch", "sm90", "--op", "gla", "--training-schedule", "segments=3")
     assert result.stderr.startswith("error: unknown schedule field segments: expected some of")
     assert result.stderr.endswith("(of the kernels for training: --inference-only builds without)\n")
+
+
+def test_a_training_kernel_that_does_not_fit():
+    source = toy_training.toy()
+    job = job_of(source.kernels[2], source)
+    expected = "lower chunk_size .now 16. in the schedule of training .--inference-only builds without."
+    with pytest.raises(ScheduleError, match=f"toy_gradients needs 300.0 KiB of shared memory a block, .*: {expected}"):
+        check_shared(job, target("sm90"), 300 * 1024)
