@@ -9,7 +9,7 @@ import torch
 from kdagen.build import adapter
 from kdagen.codegen.tilelang import render
 from kdagen.ir.tensor import Span
-from kdagen.ir.tile import Buffer, Kernel, Map, verify
+from kdagen.ir.tile import Buffer, Copy, Kernel, Map, verify
 from kdagen.lower.block import Block
 from kdagen.lower.gram import GramOperands, lower_gram
 from kdagen.lower.gram_adjoint import lower_gram_adjoint, lower_spread
@@ -106,7 +106,7 @@ class Case:
 
     def operands(self):
         def read(name):
-            return lambda i, j: f"T.cast({name}[{i}, {j}], 'float32')"
+            return lambda i, j: f"T.cast({name}_s[{i}, {j}], 'float32')"
 
         return GramOperands(
             tuple(read(f"z{r}_in") for r in range(len(self.z))),
@@ -122,13 +122,17 @@ class Case:
 
     def kernel(self, threads=128):
         block, operands = Block(), self.operands()
-        log2 = lambda *index: f"g_in[{', '.join(index)}] * {LOG2E}"  # noqa: E731
+        for name, x in self.inputs():
+            tile = block.shared(name, *x.shape, dtype=str(x.dtype).split(".")[1])
+            index = ", ".join(f"0:{n}" for n in x.shape)
+            block.add(Copy(tile, f"{name}[{index}]"))
+        log2 = lambda *index: f"g_in_s[{', '.join(index)}] * {LOG2E}"  # noqa: E731
         if self.g is not None:
             index = ("i",) if self.scalar else ("i", "j")
             block.shared(operands.g.removesuffix("_s"), *self.g.shape)
             block.add(Map(tuple(zip(index, self.g.shape)), ((f"{operands.g}[{', '.join(index)}]", log2(*index)),)))
         lower_gram(block, self.form, operands)
-        read = lambda r, s: lambda i, j: f"d{r}{s}_in[{i}, {j}]"  # noqa: E731
+        read = lambda r, s: lambda i, j: f"d{r}{s}_in_s[{i}, {j}]"  # noqa: E731
         d_outs = tuple(
             tuple(None if (r, s) in self.unread else read(r, s) for s in range(len(self.x))) for r in range(len(self.z))
         )
