@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from foreign import CASES
 from scans import generated
 
 from kdagen import zoo
@@ -20,8 +21,8 @@ TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3}  # |difference| / |reference|, b
 class Run:
     """Scans of one op on sampled inputs: what each is to be given, what came of it, what should have."""
 
-    def __init__(self, name, chunk_size=16, tokens=75, gate="mild", head_dim=64, segment=2, seeds=(), **choices):
-        self.recurrence, self.segment, self.seeds = zoo.get(name), segment, seeds
+    def __init__(self, recurrence, chunk_size=16, tokens=75, gate="mild", head_dim=64, segment=2, seeds=(), **choices):
+        self.recurrence, self.segment, self.seeds = recurrence, segment, seeds
         self.target = target(choices.get("arch", "sm90"))
         schedule, self.sources = generated(self.recurrence, head_dim, chunk_size=chunk_size, segment=segment, **choices)
         self.chunk, self.specs = schedule.chunk_size, {p.name: p for s in self.sources.values() for p in s.params}
@@ -89,13 +90,13 @@ def check_cotangents(run, dtype="bfloat16"):
 @pytest.mark.parametrize("chunk_size", [16, 32])
 @pytest.mark.parametrize("name", RECURRENCES)
 def test_cotangents_of_the_state(name, chunk_size):
-    check_cotangents(Run(name, chunk_size).execute("prepare", "reverse"))
+    check_cotangents(Run(zoo.get(name), chunk_size).execute("prepare", "reverse"))
 
 
 @pytest.mark.parametrize("chunk_size", [16, 32])
 @pytest.mark.parametrize("name", RECURRENCES)
 def test_states_before_each_chunk(name, chunk_size):
-    run = Run(name, chunk_size).execute("prepare", "scan")
+    run = Run(zoo.get(name), chunk_size).execute("prepare", "scan")
     check_states(run)
     kept = run.memory["S_w"].clone()
     run.memory["S_w"].fill_(torch.nan)
@@ -105,44 +106,51 @@ def test_states_before_each_chunk(name, chunk_size):
 
 @pytest.mark.parametrize("output", ["split", "fused"])
 def test_states_are_kept_whatever_becomes_of_the_output(output):
-    check_states(Run("kda", output=output).execute("prepare", "scan"))
+    check_states(Run(zoo.get("kda"), output=output).execute("prepare", "scan"))
 
 
 @pytest.mark.parametrize("gate", ["softplus", "bounded", "extreme", "reset"])
 @pytest.mark.parametrize("name", ["kda", "dplr", "gla", "gated_deltanet"])
 def test_cotangents_under_every_class_of_gates(name, gate):
-    check_cotangents(Run(name, 32, gate=gate).execute("prepare", "reverse"))
+    check_cotangents(Run(zoo.get(name), 32, gate=gate).execute("prepare", "reverse"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recurrences_outside_the_zoo(name):
+    run = Run(CASES[name][0], 32, tokens=50).execute("prepare", "replay", "reverse")
+    check_states(run)
+    check_cotangents(run)
 
 
 @pytest.mark.parametrize("tokens, segment", [(1, 8), (16, 1), (17, 2), (64, 2), (64, 4), (80, 3), (96, 8)])
 def test_any_number_of_chunks_and_segments(tokens, segment):
-    check_cotangents(Run("kda", tokens=tokens, segment=segment).execute("prepare", "reverse"))
+    check_cotangents(Run(zoo.get("kda"), tokens=tokens, segment=segment).execute("prepare", "reverse"))
 
 
 @pytest.mark.parametrize("head_dim", [128, (128, 64), (64, 128), (256, 128)])
 @pytest.mark.parametrize("name", ["kda", "deltaproduct"])
 def test_cotangents_at_head_dims(name, head_dim):
-    check_cotangents(Run(name, 32, tokens=70, head_dim=head_dim).execute("prepare", "reverse"))
+    check_cotangents(Run(zoo.get(name), 32, tokens=70, head_dim=head_dim).execute("prepare", "reverse"))
 
 
 def test_cotangents_in_fp16():
-    check_cotangents(Run("kda", 32, dtype="float16").execute("prepare", "reverse"), "float16")
+    check_cotangents(Run(zoo.get("kda"), 32, dtype="float16").execute("prepare", "reverse"), "float16")
 
 
 @pytest.mark.parametrize("arch", ["sm90", "sm100"])
 @pytest.mark.parametrize("name", ["kda", "dplr", "deltaproduct", "mamba2", "linear_attention"])
 def test_specialised_scans_have_no_race(name, arch):
-    run = Run(name, 16, tokens=70, arch=arch, seeds=range(3)).execute("prepare", "scan", "replay", "reverse")
+    run = Run(zoo.get(name), 16, tokens=70, arch=arch, seeds=range(3)).execute("prepare", "scan", "replay", "reverse")
     check_cotangents(run)
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 33])
 def test_few_chunks_have_no_race(tokens):
-    check_cotangents(Run("kda", 32, tokens=tokens, seeds=range(3)).execute("prepare", "reverse"))
+    check_cotangents(Run(zoo.get("kda"), 32, tokens=tokens, seeds=range(3)).execute("prepare", "reverse"))
 
 
 @pytest.mark.parametrize("name", ["kda", "mamba2"])
 def test_older_targets(name):
-    run = Run(name, 32, arch="sm80").execute("prepare", "scan", "reverse")
+    run = Run(zoo.get(name), 32, arch="sm80").execute("prepare", "scan", "reverse")
     check_states(run)
     check_cotangents(run)
