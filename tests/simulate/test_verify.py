@@ -8,10 +8,11 @@ from click.testing import CliRunner
 
 import kdagen as kg
 from kdagen import cli, zoo
-from kdagen.pipeline import compile_op
+from kdagen.derive.canonical import canonical
+from kdagen.pipeline import compile_op, compile_training
 from kdagen.simulate import verify as module
 from kdagen.simulate.memory import Statistics
-from kdagen.simulate.verify import Verdict, built_source, draw, verify
+from kdagen.simulate.verify import Verdict, built_source, draw, loosely, verify, verify_training
 
 
 def simulate(*words: str):
@@ -93,3 +94,41 @@ def test_the_program_of_a_built_folder_is_the_one_that_was_built(tmp_path):
     assert found.plan() == source.plan()
     assert [k.text for k in found.kernels] == [k.text for k in source.kernels]
     assert [k.params for k in found.kernels] == [k.params for k in source.kernels]
+
+
+def test_the_command_shows_gradients():
+    words = ("--backward", "--keep", "all", "--head-dim", "64", "--tokens", "40", "--heads", "1")
+    result = simulate("gated_deltanet", *words)
+    assert result.exit_code == 0, result.output
+    kernels = re.findall(r"^(forward|backward) gated_deltanet_(\w+) ", result.output, re.MULTILINE)
+    assert kernels == [("forward", "prepare"), ("forward", "scan"), ("backward", "reverse"), ("backward", "gradients")]
+    rows = re.findall(r"^(d_\w+) +(\S+) +(\S+) +(yes|NO)$", result.output, re.MULTILINE)
+    assert {name: most for name, _, most, _ in rows} == {
+        "d_q": "0.008", "d_k": "0.008", "d_v": "0.008", "d_g": "0.02", "d_beta": "0.02", "d_initial_state": "0.008"
+    }  # fmt: skip
+    assert all(0 < float(error) <= float(most) for _, error, most, _ in rows)
+
+
+def test_a_wrong_gradient_is_noticed():
+    @kg.recurrence
+    def twice(S, q, k, v, g):
+        S = kg.diag(kg.exp(g)) @ S + 2 * kg.outer(k, v)
+        return S, S.T @ q
+
+    verdict = verify_training(compile_training(zoo.get("gla"), 64), twice, (1, 20, 1))
+    assert not verdict.ok
+    assert 0.4 < verdict.gradients["v"][0] < 0.6  # half of what it should be
+
+
+def test_the_program_of_a_built_folder_for_training_is_the_one_that_was_built(tmp_path):
+    source = compile_training(zoo.get("kda_softplus"), 64)
+    found = built_source(packages.write(tmp_path / "out", source, tmp_path))
+    assert found.plan() == source.plan()
+    assert [k.text for k in found.kernels_of("backward")] == [k.text for k in source.kernels_of("backward")]
+
+
+def test_tolerances_are_wide_for_what_decays_and_scales():
+    forms = {name: loosely(canonical(zoo.get(name))) for name in ("kda", "kda_softplus", "dplr", "hgrn2")}
+    assert forms == {
+        "kda": {"g", "beta"}, "kda_softplus": {"g", "beta", "A_log", "dt_bias"}, "dplr": {"g"}, "hgrn2": set()
+    }  # fmt: skip

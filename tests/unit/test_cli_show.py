@@ -24,3 +24,17 @@ def test_stages(stage):
 def test_choices_reach_the_schedule():
     result = CliRunner().invoke(main, ["show", "kda", "--stage", "tile", "--schedule", "chunk_size=32"])
     assert "k_in_s: bfloat16[32, 128]" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--stage", "adjoint"), "\nreverse:\n  d_P[C, V]        = A^T @ d_O + X @ d_S_next"),
+        (("--stage", "tile", "--backward"), "gradients kda_gradients <gradients, "),
+        (("--backward",), "def kda_reverse():"),
+    ],
+)
+def test_stages_of_training(words, expected):
+    result = CliRunner().invoke(main, ["show", "kda", *words])
+    assert result.exit_code == 0, result.output
+    assert expected in result.output
