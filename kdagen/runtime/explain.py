@@ -59,28 +59,29 @@ KEPT = {
 def describe_training(op) -> list[tuple[str, str]]:
     """What a forward keeps for its backward, and what both move, in bytes a token a head."""
     keep = op.training.keep
+    try:
+        plan, problem = op.kernels.planned({}).plan, None
+    except KdagenError as error:
+        plan, problem = None, error
     return [
         ("training", f"keep='{keep.value}': a forward keeps {KEPT[keep]}"),
-        ("  on CPU", _kept_on_cpu(op)),
-        ("  on GPUs", _training_on_gpus(op)),
+        ("  on CPU", _kept_on_cpu(op, plan and plan["dims"])),
+        ("  on GPUs", _training_on_gpus(plan) if plan else f"none: {problem}"),
     ]
 
 
-def _kept_on_cpu(op) -> str:
+def _kept_on_cpu(op, dims: dict[str, int] | None) -> str:
     from kdagen.runtime import cpu
 
     if op.training.keep == Keep.INPUTS:
         return "keep 0 bytes a token a head"
     chunk = cpu.chunk_size(cpu.ROWS, len(op.program.canonical.solving))
     more = ", as keep='states' does" if op.training.keep == Keep.ALL else ""
-    return f"keep states of chunks of {chunk} tokens{more}: 4 K V / {chunk} bytes a token a head, in float32"
+    number = f": {4 * dims['K'] * dims['V'] / chunk:,.0f} where K = {dims['K']}, V = {dims['V']}" if dims else ""
+    return f"keep states of chunks of {chunk} tokens{more}, 4 K V / {chunk} bytes a token a head in float32{number}"
 
 
-def _training_on_gpus(op) -> str:
-    try:
-        plan = op.kernels.planned({}).plan
-    except KdagenError as error:
-        return f"none: {error}"
+def _training_on_gpus(plan: dict) -> str:
     kept, forward, backward = map("{:,.0f}".format, manifests.memory(plan))
     return (
         f"keep {kept} bytes a token a head; kernels for {plan['target']} with chunks of {plan['chunk_size']} tokens "

@@ -9,6 +9,7 @@ import kdagen as kg
 from kdagen.derive.canonical import canonical
 from kdagen.errors import ArgumentError, GradientError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in forward mode
 SHAPE = (2, 10, 2, 4, 3)
 
 

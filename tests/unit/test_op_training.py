@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kdagen as kg
 from kdagen.derive.canonical import canonical
+from kdagen.pipeline import compile_training
 from kdagen.reference import recurrence_reference
 from kdagen.schedule import Keep
 
@@ -397,13 +398,23 @@ def test_vmap_of_gradients():
 
 def test_explain_says_what_is_kept_and_moved():
     text = {keep: " ".join(kg.compile("kda", arch="sm90", keep=keep).explain().split()) for keep in KEEP}
-    states = (
-        "training keep='states': a forward keeps the state before each chunk on CPU keep states of chunks of 64 tokens"
-    )
-    assert f"{states}: 4 K V / 64 bytes a token a head, in float32" in text["states"]
-    moved = (
-        "on GPUs keep 1,024 bytes a token a head; kernels for sm90 with chunks of 32 tokens move 4,130 (forward) and"
-    )
-    assert moved in text["states"]
+    assert "training keep='states': a forward keeps the state before each chunk on CPU keep states" in text["states"]
+    assert "tokens, 4 K V / 64 bytes a token a head in float32: 1,024 where K = 128, V = 128 on GPUs" in text["states"]
+    on_gpus = "keep 1,024 bytes a token a head; kernels for sm90 with chunks of 32 tokens move"
+    assert f"{on_gpus} {moved('states')}, as modelled" in text["states"]
     assert "on CPU keep 0 bytes a token a head on GPUs keep 0 bytes a token a head;" in text["inputs"]
-    assert "chunks of 64 tokens, as keep='states' does: 4 K V" in text["all"]
+    assert f"move {moved('inputs')}" in text["inputs"] and f"move {moved('all')}" in text["all"]
+    assert "keep states of chunks of 64 tokens, as keep='states' does, 4 K V / 64 bytes" in text["all"]
+
+
+def moved(keep: str) -> str:
+    """As the kernels count it."""
+    plan = compile_training(kg.load("kda"), schedule={"keep": keep}).plan()
+    bytes_of = {kernel["name"]: kernel["bytes_a_token"] for kernel in plan["kernels"]}
+    forward, backward = (sum(bytes_of[n] for n in plan["passes"][p]) for p in ("forward", "backward"))
+    return f"{forward:,.0f} (forward) and {backward:,.0f} (backward)"
+
+
+def test_explain_says_why_there_are_no_kernels_that_train():
+    text = " ".join(kg.compile("kda", head_dim=256, arch="sm90").explain().split())
+    assert "on GPUs none: head_dim (256, 256)" in text and "4 K V / 64 bytes" in text
