@@ -20,6 +20,8 @@ def chunk_flops(kernel: Kernel) -> int:
 def bytes_a_token(kernel: Kernel) -> float:
     """Bytes between memory and chip a token and head, for whole chunks; states before and after a scan left out."""
     chunk = sum(_moved(kernel, s) for s in kernel.loads + kernel.body + kernel.stores)
+    if "segment" in dict(kernel.grid):  # a block takes a segment: what it reads first is for all of its chunks
+        chunk += sum(_moved(kernel, s) for s in kernel.before) / kernel.segment
     return chunk * _tiles(kernel) / kernel.chunk_size
 
 

@@ -60,6 +60,15 @@ def test_gradients_of_short_sequences_and_of_whole_segments(tokens):
     check(zoo.get("kda"), shape=(1, tokens, 1))
 
 
+@pytest.mark.parametrize("keep", ["inputs", "states", "all"])
+def test_modelled_traffic_is_what_the_program_moves(keep):
+    """Of whole segments, states before the first and after the last token left out."""
+    source = compile_training(zoo.get("gated_deltanet"), 64, schedule=TWO_SEGMENTS | {"keep": keep})
+    verdict = verify_training(source, zoo.get("gated_deltanet"), (1, 128, 1))
+    modelled = {k.name: k.bytes_a_token for k in source.kernels}
+    assert all(verdict.bytes(kernel) == modelled[kernel.split()[1]] for kernel in verdict.statistics)
+
+
 def test_gradients_in_float16():
     check(zoo.get("kda"), dtype="float16")
 
