@@ -6,8 +6,12 @@ over its token: nothing cancels, and a gate of -inf, which makes all those terms
 
 from __future__ import annotations
 
+import math
+
 from kdagen.ir.decayed_products import Tree, below, product
 from kdagen.ir.tensor import Gram, Span
+
+MULTIPLIED = 8  # tokens: smaller blocks of a tree are multiplied several at once, as small products cost most to begin
 
 
 def spread(a, span: Span, out):
@@ -115,12 +119,25 @@ class TreeAdjoint:
 
     def multiply(self, level, d_outs) -> None:
         """The products of this level: second blocks' rows with first blocks' columns."""
-        late, early = (x.flatten(-3, -2) for x in level.halves(self.d_rows, self.d_cols))
-        d = self.arena.take("tree level", (*late.shape[:-1], early.shape[-2]))
-        parts = d.unflatten(-1, level.early.shape[-3:-1]).unflatten(-3, level.late.shape[-3:-1])
+        late, early = level.halves(self.d_rows, self.d_cols)
+        pairs = min(late.shape[-4], max(1, MULTIPLIED // level.size))
+        d = self.products(level, d_outs, pairs)
+        rows, cols = (x.unflatten(-4, (-1, pairs)).flatten(-4, -2) for x in (level.late, level.early))
+        for to, left, right in ((late, d, cols), (early, d.mT, rows)):
+            if pairs == 1:
+                product(left, right, to.flatten(-3, -2), to.flatten(-3, -2))
+            else:
+                out = self.arena.take("tree terms", (*left.shape[:-1], right.shape[-1]))
+                to += product(left, right, out=out).view(to.shape)
+
+    def products(self, level, d_outs, pairs: int):
+        """The matrices' cotangents at this level; of several pairs at once, with zeros where different pairs meet."""
+        rows, cols = ((pairs, *x.shape[-3:-1]) for x in (level.late, level.early))
+        blocks = (*level.late.shape[:-4], level.late.shape[-4] // pairs)
+        d = self.arena.take(f"tree level {level.size}", (*blocks, math.prod(rows), math.prod(cols)), zero=True)
+        parts = d.unflatten(-1, cols).unflatten(-4, rows).diagonal(dim1=-6, dim2=-3).movedim(-1, -5)
         for r, row in enumerate(d_outs):
             for s, given in enumerate(row):
                 part = parts[..., r, :, s]
-                part.zero_() if given is None else part.copy_(below(given, level.size))
-        product(d, level.early.flatten(-3, -2), late, late)
-        product(d.mT, level.late.flatten(-3, -2), early, early)
+                part.zero_() if given is None else part.copy_(below(given, level.size).unflatten(-3, (-1, pairs)))
+        return d

@@ -320,5 +320,18 @@ def test_an_operand_that_meets_itself_is_owed_both_products():
     check(op, lambda a: [a @ a.mT])
 
 
+@pytest.mark.parametrize("gate", [None, *GATES])
+@pytest.mark.parametrize("dims", [("C",), ("C", "K")])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_matrices_themselves(form, dims, gate):
+    readers, writers, after, diagonal = FORMS[form]
+    g, x = log_decay(dims, gate) if gate else (None, None)
+    op = gram(readers, writers, g, after, diagonal)
+    given = {v: leaf(v, i) for i, v in enumerate(dict.fromkeys(reads(op)))} | ({g: x} if g else {})
+    made = run(op, (), {v.name: x for v, x in given.items()})
+    for v, want in zip(writes(op), plain_gram(op)(*given.values()), strict=True):
+        assert torch.allclose(made[v.name], want, rtol=1e-12, atol=1e-12)
+
+
 def test_every_rule_is_tested_here():
     assert set(RULES) == {Map, RowSum, Decay, Gram, Interleave, SolveTril, MatMul}
