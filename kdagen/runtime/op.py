@@ -130,7 +130,7 @@ class Op:
         import torch
 
         device = given[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return given
         dtype = torch.get_autocast_dtype(device)
         return [x.to(dtype) if cast and x.dtype == torch.float32 else x for x, cast in zip(given, self._cast)]

@@ -290,6 +290,12 @@ def test_a_recurrence_that_is_called_as_another_one_s_op(suffix, first):
     assert torch.equal(twice, 2 * once)
 
 
+def test_meta_tensors_have_gradients_of_the_right_shapes():
+    given = {n: x.detach().to("meta").requires_grad_() for n, x in inputs().items()}
+    found = gradients(kg.compile("kda_softplus")(**given, output_final_state=True), given)
+    assert {n: x.shape for n, x in found.items()} == {n: x.shape for n, x in given.items()}
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_without_a_graph_break(dynamic):
     op = kg.compile("kda_softplus")
