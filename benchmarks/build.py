@@ -137,7 +137,7 @@ def machine() -> dict:
 
 def show(found: dict) -> None:
     """The figures, as tables."""
-    console, times = Console(width=120, highlight=False), _table("", "s")
+    console, times = Console(width=120, highlight=False, markup=False), _table("", "s")
     times.add_row("build, cold cache", ", ".join(map(str, found["build"]["cold_s"])))
     times.add_row("build, warm cache", str(found["build"]["warm"]["median_s"]))
     for what in ("kdagen --help", "import kdagen", "python"):
