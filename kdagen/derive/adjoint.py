@@ -82,6 +82,7 @@ class Owed:
     values: list[Value] = field(default_factory=list)
     maps: list[tuple[sympy.Expr, Operands]] = field(default_factory=list)
     sums: dict[Kept, list[tuple[sympy.Expr, Operands]]] = field(default_factory=dict)
+    spreads: list[tuple[Value, Span]] = field(default_factory=list)
 
 
 class Tape:
@@ -124,6 +125,10 @@ class Tape:
         if expr != 0:
             self.open.setdefault(to, Owed()).maps.append((expr, operands))
 
+    def spread(self, to: Value, value: Value, span: Span) -> None:
+        """Contribute to each token's log decay the sum of the rows whose span holds it."""
+        self.open.setdefault(to, Owed()).spreads.append((value, span))
+
     def sum(self, to: Value, op: Map, left: tuple[str, ...], expr: sympy.Expr, operands: Operands) -> None:
         """Contribute the sum of an expression in the indices of `op` over those that `to` lacks.
 
@@ -146,14 +151,20 @@ class Tape:
             self.closed[value] = self.total(value, owed)
         return self.closed.get(value)
 
-    def total(self, value: Value, owed: Owed) -> Value:
+    def so_far(self, value: Value) -> Value | None:
+        """What has been contributed up to now, added up and no longer owed."""
+        owed = self.open.pop(value, None)
+        return self.total(value, owed, "_state") if owed else None
+
+    def total(self, value: Value, owed: Owed, suffix: str = "") -> Value:
         for kept, parts in owed.sums.items():
             self.reduce(value, owed, kept, parts)
+        self.add_spreads(value, owed)
         if owed.terms:
             alone = not (owed.values or owed.maps)
-            out = self.fresh(value, "" if alone else "_products")
+            out = self.fresh(value, suffix if alone else "_products")
             owed.values.append(self.add(MatMul(out, tuple(owed.terms), eq=f"cotangent of {value.name}")))
-        return self.elementwise(value, owed)
+        return self.elementwise(value, owed, suffix)
 
     def elementwise(self, value: Value, owed: Owed, suffix: str = "") -> Value:
         if len(owed.values) == 1 and not owed.maps:
@@ -163,6 +174,13 @@ class Tape:
             operands |= more
         expr = sympy.Add(*(v.symbol for v in owed.values), *(e for e, _ in owed.maps))
         return self.elements(self.fresh(value, suffix), expr, operands, f"cotangent of {value.name}")
+
+    def add_spreads(self, value: Value, owed: Owed) -> None:
+        """One after another, on top of what came through the secondary matrices."""
+        for terms, span in owed.spreads:
+            add = owed.values.pop() if owed.values else None
+            eq = "summed over the rows whose decay holds the token's"
+            owed.values.append(self.add(Spread(self.fresh(value, f"_{span.value}"), terms, span, add, eq)))
 
     def reduce(self, value: Value, owed: Owed, kept: Kept, parts: list) -> None:
         """Form a sum over indices, and add it to what is owed."""
@@ -228,20 +246,21 @@ def differentiate_decay(tape: Tape, op: Decay) -> None:
         tape.map(op.g, expr, {d_out: ix, op.out: ix})
         return
     terms = tape.elements(tape.fresh(op.out, "_g"), expr, operands, f"d_{op.out.name} {op.out.name}")
-    eq = f"summed over the rows whose {op.out.name} holds a token's decay"
-    tape.give(op.g, tape.add(Spread(tape.fresh(op.g, f"_{op.out.name}"), terms, op.span, eq)))
+    tape.spread(op.g, terms, op.span)
 
 
 def differentiate_gram(tape: Tape, op: Gram) -> None:
     """Products of the matrices' cotangents with the other side's operands, under the same decay."""
     d_outs = tuple(tuple(tape.cotangent(v) for v in row) for row in op.outs)
+    adds = tuple(tuple(tape.so_far(v) for v in side) for side in (op.readers, op.writers, (op.g,) if op.g else ()))
     made = GramAdjoint(
         op,
         d_outs,
         tuple(tape.fresh(z, "_gram") for z in op.readers),
         tuple(tape.fresh(x, "_gram") for x in op.writers),
         tape.fresh(op.g, "_gram") if op.g else None,
-        eq="through the secondary matrices",
+        adds,
+        eq="what the state gave, and through the secondary matrices",
     )
     tape.add(made)
     for value, part in zip((*op.readers, *op.writers), (*made.d_readers, *made.d_writers), strict=True):

@@ -96,7 +96,7 @@ class Decay:
 
 @dataclass(frozen=True)
 class Spread:
-    """out[t] = sum of a[i] over the rows i whose `span` holds token t: adjoint to the sums of a Decay.
+    """out[t] = add[t] + sum of a[i] over the rows i whose `span` holds token t: adjoint to the sums of a Decay.
 
     THROUGH: rows i >= t. BEFORE: i > t. REST: i < t. Formed from such sums, never as a difference.
     """
@@ -104,6 +104,7 @@ class Spread:
     out: Value
     a: Value
     span: Span
+    add: Value | None = None
     eq: str = ""
 
 
@@ -129,8 +130,9 @@ class GramAdjoint:
     """The cotangents of a Gram's operands, from those of its matrices (None: not read by anything).
 
     With W[i, j] the decay from j to i, masked as the Gram is, and d = d_outs:
-    d_readers[r][i, k] = sum_s sum_j d[r][s][i, j] writers[s][j, k] W_ijk      d_writers likewise, over r and i
-    d_g[t, k] = sum over the pairs i, j whose decay runs over token t of the terms d[r][s][i, j] z_ik x_jk W_ijk,
+    d_readers[r][i, k] = adds[0][r] + sum_s sum_j d[r][s][i, j] writers[s][j, k] W_ijk
+    d_writers[s][j, k] = adds[1][s] + sum_r sum_i d[r][s][i, j] readers[r][i, k] W_ijk
+    d_g[t, k] = adds[2][0] + sum over the pairs i, j whose decay runs over t of d[r][s][i, j] z_ik x_jk W_ijk,
     summed over channels where g is one rate a head. Entries of d_outs that the Gram leaves zero may hold anything.
     """
 
@@ -139,6 +141,7 @@ class GramAdjoint:
     d_readers: tuple[Value, ...]
     d_writers: tuple[Value, ...]
     d_g: Value | None  # None where the Gram has no decay
+    adds: tuple[tuple[Value | None, ...], ...] = ((), (), ())  # what readers, writers and g are owed besides
     eq: str = ""
 
 
@@ -199,12 +202,14 @@ def reads(op: Op) -> tuple[Value, ...]:
     match op:
         case Map():
             return tuple(v for v, _ in op.operands)
-        case RowSum() | ColSum() | Spread() | Deinterleave() | SolveTril():
+        case RowSum() | ColSum() | Deinterleave() | SolveTril():
             return (op.a,)
+        case Spread():
+            return (op.a, *((op.add,) if op.add else ()))
         case Decay():
             return (op.g,)
         case GramAdjoint():
-            return (*reads(op.gram), *(v for row in op.d_outs for v in row if v))
+            return (*reads(op.gram), *(v for row in (*op.d_outs, *op.adds) for v in row if v))
         case Gram():
             return (*op.readers, *op.writers, *((op.g,) if op.g else ()))
         case Interleave():

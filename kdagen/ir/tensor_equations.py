@@ -101,7 +101,8 @@ class Plain:
     def spread(self, op: Spread):
         first, last = {Span.THROUGH: ("i", "C"), Span.BEFORE: ("i+1", "C"), Span.REST: ("1", "i-1")}[op.span]
         channel = indices(op.a)[1:]
-        yield self.at(op.out, "i", *channel), self.span(op.a, first, last, *channel)
+        added = f"{self.at(op.add, 'i', *channel)} + " if op.add else ""
+        yield self.at(op.out, "i", *channel), added + self.span(op.a, first, last, *channel)
 
     def decay(self, op: Decay):
         first, last = {
@@ -124,10 +125,12 @@ class Plain:
     def gram_adjoint(self, op: GramAdjoint):
         """Each operand's cotangent, a sum of one term a matrix that it is in; then that of the log decays."""
         for r, d_reader in enumerate(op.d_readers):
-            terms = [self.summed(cond, f"{d} {x} {w}".rstrip()) for q, _, d, _, x, w, cond in self.pairs(op) if q == r]
+            terms = [self.at(add, "i", "d") for add in op.adds[0][r : r + 1] if add]
+            terms += [self.summed(cond, f"{d} {x} {w}".rstrip()) for q, _, d, _, x, w, cond in self.pairs(op) if q == r]
             yield self.at(d_reader, "i", "d"), " + ".join(terms)
         for s, d_writer in enumerate(op.d_writers):
-            terms = [
+            terms = [self.at(add, "j", "d") for add in op.adds[1][s : s + 1] if add]
+            terms += [
                 self.summed(self.later(cond), f"{d} {z} {w}".rstrip())
                 for _, q, d, z, _, w, cond in self.pairs(op)
                 if q == s
@@ -135,7 +138,8 @@ class Plain:
             yield self.at(d_writer, "j", "d"), " + ".join(terms)
         if op.d_g:
             channels, over = indices(op.d_g)[1:], () if len(op.d_g.dims) > 1 else ("d",)
-            terms = [
+            terms = [self.at(add, "l", *channels) for add in op.adds[2] if add]
+            terms += [
                 self.summed(", ".join((self.runs_over[op.gram.after[r]], *over)), f"{d} {z} {x} {w}")
                 for r, _, d, z, x, w, _ in self.pairs(op)
             ]

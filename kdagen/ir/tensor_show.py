@@ -94,6 +94,6 @@ def _right(op: Op) -> str:
         case Deinterleave():
             return f"parts of {op.a.name}"
         case Spread():
-            return f"{op.a.name} over the tokens {op.span.value} each row"
+            return f"{f'{op.add.name} + ' if op.add else ''}{op.a.name} over the tokens {op.span.value} each row"
         case RowSum() | ColSum() | SolveTril():
             return f"{ {RowSum: 'row sums', ColSum: 'column sums', SolveTril: 'solve_tril'}[type(op)] } of {op.a.name}"

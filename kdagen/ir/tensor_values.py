@@ -185,6 +185,8 @@ class Values:
             spread(a, op.span, out)
         else:
             spread(a.unsqueeze(-1), op.span, out.unsqueeze(-1))
+        if op.add:
+            out += self.env[op.add.name]
         self.env[op.out.name] = out
 
     def gram(self, op: Gram) -> None:
@@ -217,6 +219,10 @@ class Values:
         else:
             outs = [[self.env[v.name] for v in row] for row in gram.outs]
             gram_adjoint(gram, d_outs, self.operands(gram), self.factors.get(gram), outs, cotangents, self.arena)
+        for side, adds in zip((op.d_readers, op.d_writers, (op.d_g,)), op.adds, strict=True):
+            for value, add in zip(side, adds):
+                if add:
+                    made[value.name] += self.env[add.name]
 
     def interleave(self, op: Interleave) -> None:
         out = self.env[op.out.name] = self.target(op.out)

@@ -139,7 +139,8 @@ def _col_sum(op: ColSum) -> None:
 
 def _spread(op: Spread) -> None:
     _gate(op, op.a)
-    _dims(op, op.out, *op.a.dims)
+    for value in filter(None, (op.out, op.add)):
+        _dims(op, value, *op.a.dims)
     if op.span == Span.ALL:
         _fail(f"{_named(op)} spreads over the whole chunk", "expected a span that depends on the row")
 
@@ -178,9 +179,10 @@ def _gram_adjoint(op: GramAdjoint) -> None:
             _fail(f"{_named(op)} has {len(given)} cotangents", f"expected one for each of {len(wanted)} operands")
         for d, value in zip(given, wanted, strict=True):
             _dims(op, d, *value.dims)
-    for row in op.d_outs:
-        for d in filter(None, row):
-            _dims(op, d, "C", "C")
+    gate = gram.g.dims if gram.g else ()
+    for values, dims in ((op.d_outs, ("C", "C")), (op.adds[:2], ("C", "K")), (op.adds[2:], gate)):
+        for value in (v for row in values for v in row if v):
+            _dims(op, value, *dims)
     if (op.d_g is None) != (gram.g is None):
         _fail(f"{_named(op)} has d_g {op.d_g}", "expected a cotangent of the log decay where there is one")
     if op.d_g:

@@ -147,7 +147,6 @@ class Kernel:
         staged = {base(s.dst) for s in self.loads if isinstance(s, Copy)}
         return sum(b.bytes * (self.stages if b.name in staged else 1) for b in self.buffers if b.scope == "shared")
 
-
     def in_use(self) -> Iterator[list[Buffer]]:
         """The shared buffers in use at each statement of a chunk: from the first that touches one to the last."""
         touched = [reads(s) | writes(s) for s in self.loads + self.body + self.stores]

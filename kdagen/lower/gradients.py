@@ -35,6 +35,7 @@ from kdagen.ir.tile import ColSum as TileColSum
 from kdagen.ir.tile import RowSum as TileRowSum
 from kdagen.ir.tile import reads as tile_reads
 from kdagen.ir.tile import writes as tile_writes
+from kdagen.lower.block import element
 from kdagen.lower.expression import tile_text
 from kdagen.lower.gram_adjoint import lower_gram_adjoint, lower_spread
 from kdagen.lower.prepare import LOG2E, Prepare
@@ -281,8 +282,13 @@ class Gradients(Prepare):
         self.define(op.out, lambda *index: f"{kept}[{index[0] if index else 0}]")
 
     def spread(self, op: Spread) -> None:
-        shape = tuple(map(self.workspace.size, op.a.dims))
-        self.define(op.out, lower_spread(self.block, op.out.name, self.access[op.a.name], op.span, shape))
+        """In place on the tile of what is added to, which nothing else reads; a tile of zeros where there is none."""
+        shape, index = tuple(map(self.workspace.size, op.a.dims)), ("i", "j")[: len(op.a.dims)]
+        name = self.access[op.add.name](*index).split("_s[")[0] if op.add else op.out.name
+        if op.add is None:
+            self.fill(name, op.a.dims, lambda *index: "0.0", "")
+        lower_spread(self.block, name, self.access[op.a.name], op.span, shape)
+        self.define(op.out, element(f"{name}_s"))
 
     # -- secondary matrices, streams
 
@@ -295,7 +301,8 @@ class Gradients(Prepare):
         form = self.schedule.decay if gram.g else DecayForm.NONE
         gate = self.access[gram.g.name] if gram.g else None
         log2 = (lambda *index: f"{gate(*index)} * {LOG2E}") if gate else None
-        d_rows, d_cols, d_gate = lower_gram_adjoint(self.block, form, operands, d_outs, log2, gram.diagonal)
+        adds = tuple(tuple(self.access[v.name] if v else None for v in side) for side in op.adds)
+        d_rows, d_cols, d_gate = lower_gram_adjoint(self.block, form, operands, d_outs, log2, gram.diagonal, adds)
         for value, access in zip((*op.d_readers, *op.d_writers), (*d_rows, *d_cols), strict=True):
             self.define(value, access)
         if op.d_g:

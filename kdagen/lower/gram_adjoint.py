@@ -28,13 +28,15 @@ def lower_gram_adjoint(
     d_outs: Table,
     gate: Access | None,
     diagonal: tuple[tuple[bool, ...], ...],
+    adds: Table = ((), (), ()),
 ) -> tuple[tuple[Access, ...], tuple[Access, ...], Access | None]:
     """Append what forms the cotangents of readers, of writers (fp32, [C, K] each) and of the gate; returns their reads.
 
     `lower_gram` has run for `o` and what it left is unchanged (and is so afterwards). `gate` gives a token's log2
-    decay in a channel; only the tree reads it. The gate's cotangent is that of the natural logarithm.
+    decay in a channel; only the tree reads it. The gate's cotangent is that of the natural logarithm. `adds` holds what
+    else readers, writers and the gate are owed.
     """
-    a = GramAdjoint(block, o, d_outs, diagonal)
+    a = GramAdjoint(block, o, d_outs, diagonal, adds)
     a.tiles()
     {
         DecayForm.NONE: a.plain,
@@ -43,8 +45,11 @@ def lower_gram_adjoint(
         DecayForm.TREE: lambda: a.tree(gate),
     }[form]()
     readers, writers = (
-        tuple(element(f"{name}_s") if lives else _zero for name, lives in side)
-        for side in (a.reader_names, a.writer_names)
+        tuple(
+            element(f"{name}_s") if lives else (add or _zero)
+            for (name, lives), add in zip(side, added or (None,) * len(side))
+        )
+        for side, added in zip((a.reader_names, a.writer_names), adds)
     )
     return readers, writers, None if form == DecayForm.NONE else element("gate_cotangent_s")
 
@@ -56,8 +61,11 @@ def _zero(*index: str) -> str:
 class GramAdjoint:
     """What all forms share. A product has a reader's (or writer's) C rows, so that the warps of any block share it."""
 
-    def __init__(self, block: Block, o: GramOperands, d_outs: Table, diagonal: tuple[tuple[bool, ...], ...]):
+    def __init__(
+        self, block: Block, o: GramOperands, d_outs: Table, diagonal: tuple[tuple[bool, ...], ...], adds: Table
+    ):
         self.block, self.o, self.d_outs, self.diagonal = block, o, d_outs, diagonal
+        self.adds = dict(zip(("reader", "writer", "gate"), adds))
         self.entries = (("i", o.chunk), ("j", o.chunk))
         self.tile = (("i", o.chunk), ("j", o.channels))
         self.pairs = [(r, s) for r, row in enumerate(d_outs) for s, d in enumerate(row) if d]
@@ -112,13 +120,25 @@ class GramAdjoint:
             )
             written(s)
 
-    def kept(self) -> None:
-        """The products of all pairs at once."""
+    def kept(self, add: bool = True) -> None:
+        """The products of all pairs at once, on top of what else is owed."""
 
-        def keep(name: str) -> Callable[[int], None]:
-            return lambda n: self.block.add(Copy(f"{name}{n}_cotangent_s", "gram_part_f"))
+        def keep(side: str) -> Callable[[int], None]:
+            target = f"{side}{{}}_cotangent_s[i, j]"
+            return lambda n: self.block.add(
+                Map(self.tile, ((target.format(n), f"gram_part_f[i, j]{self.plus(add and self.added(side, n))}"),))
+            )
 
         self.products("d_z_i = sum_j d_ij x_j, d_x_j = sum_i d_ij z_i", keep("reader"), keep("writer"))
+
+    def added(self, side: str, n: int, index: tuple[str, ...] = ("i", "j")) -> str:
+        """What a reader (or writer, or the gate) is owed besides."""
+        adds = self.adds[side]
+        return adds[n](*index) if adds and adds[n] else ""
+
+    @staticmethod
+    def plus(*texts: str) -> str:
+        return "".join(f" + {text}" for text in texts if text)
 
     def order(self, r: int, s: int) -> str:
         return "j <= i" if self.diagonal[r][s] else "j < i"
@@ -173,7 +193,10 @@ class GramAdjoint:
                 eq="of each row j >= t = i the pairs that begin before t",
             ),
             RowSum(total, spans, eq="d_g[t] = sum over the pairs whose decay runs over t"),
-            Copy(block.shared("gate_cotangent", c), total),
+            Map(
+                (("i", c),),
+                ((f"{block.shared('gate_cotangent', c)}[i]", f"{total}[i]{self.plus(self.added('gate', 0, ('i',)))}"),),
+            ),
         )
 
     def scalar_term(self, r: int, s: int) -> str:
@@ -188,12 +211,12 @@ class GramAdjoint:
         row, col = anchored(self.o)
         self.fill(row, col, f"bounded gate: rows and columns about row {self.o.chunk // 2}")
         self.select(lambda r, s: "j < i", lambda r: "", "cotangents of the secondary matrices")
-        self.kept()
+        self.kept(add=False)
         self.factored_gate()
         factors = [("reader", r, row[self.o.after[r]]) for r in self.readers]
         for side, n, factor in (*factors, *(("writer", s, col) for s in self.writers)):
-            at, own = f"{side}{n}_cotangent_s[i, j]", self.own(side, n)
-            value = f"{at} * {factor}" + (f" + {own}" if own else "")
+            at = f"{side}{n}_cotangent_s[i, j]"
+            value = f"{at} * {factor}{self.plus(self.own(side, n), self.added(side, n))}"
             self.block.add(Map(self.tile, ((at, value),), eq="scaled as the operand is; a token's own write undecayed"))
 
     def factored_gate(self) -> None:
@@ -224,6 +247,8 @@ class GramAdjoint:
                 eq="d_g[t] = sum over i >= t of z_i d_z_i - x_i d_x_i",
             ),
         )
+        if add := self.added("gate", 0):
+            block.add(Map(self.tile, ((f"{gate}[i, j]", f"{gate}[i, j] + {add}"),)))
 
     def tree(self, gate: Access) -> None:
         """Blocks of 1, 2, 4.. rows joined in pairs, as in the forward. `through`, `rest`, `before` hold decays, not
@@ -231,6 +256,12 @@ class GramAdjoint:
         their logarithms, while blocks grow: one exponential a token serves all levels.
         """
         c, block = self.o.chunk, self.block
+        for side, n in (*(("reader", r) for r in self.readers), *(("writer", s) for s in self.writers)):
+            terms = [t for t in (self.added(side, n), self.own(side, n)) if t]
+            target, eq = f"{side}{n}_cotangent_s[i, j]", "what the state gave; a token's own write is not decayed"
+            block.add(Map(self.tile, ((target, " + ".join(terms) or "0.0"),), eq=eq))
+        gate_tile = block.shared("gate_cotangent", c, self.o.channels)
+        block.add(Map(self.tile, ((f"{gate_tile}[i, j]", self.added("gate", 0) or "0.0"),)))
         names = ["through_s", "rest_s", *(["before_s"] if self.o.before else [])]
         values = [f"T.exp2({gate('i', 'j')})", "1.0", "1.0"]
         block.add(
@@ -240,17 +271,10 @@ class GramAdjoint:
                 eq="decays within blocks of 1 token",
             )
         )
-        for side, n in (*(("reader", r) for r in self.readers), *(("writer", s) for s in self.writers)):
-            name = block.fragment(f"{side}{n}_cotangent", c, self.o.channels)
-            value = self.own(side, n) or "0.0"
-            block.add(Map(self.tile, ((f"{name}[i, j]", value),), eq="a token's own write is not decayed"))
-        block.fragment("gate_cotangent", c, self.o.channels)
         half = 1
         while half < c:
             self.level(half)
             half *= 2
-        for name in (*self.streams, "gate_cotangent"):
-            block.add(Copy(block.shared(name, c, self.o.channels), f"{name}_f"))
         block.add(Map(self.tile, tuple((f"{n}[i, j]", f"T.log2({n}[i, j])") for n in names), eq="sums of log decay"))
 
     def level(self, half: int) -> None:
@@ -272,7 +296,7 @@ class GramAdjoint:
             sum_so_far = f"{name}[i, j] + " if name in begun else ""
             begun.add(name)
             assign = (
-                (f"{stream}_cotangent_f[i, j]", f"{stream}_cotangent_f[i, j] + gram_part_f[i, j] * {scale}"),
+                (f"{stream}_cotangent_s[i, j]", f"{stream}_cotangent_s[i, j] + gram_part_f[i, j] * {scale}"),
                 (f"{name}[i, j]", f"{sum_so_far}T.cast({operand}, 'float32') * gram_part_f[i, j]"),
             )
             block.add(Map(self.tile, assign))
@@ -284,7 +308,7 @@ class GramAdjoint:
             lambda s: add(f"writer{s}", "rest_s[i, j]", f"{COLS}[{shifted(s * c, 'i')}, j]", kinds[0]),
         )
         for after in kinds:
-            self.give_gate(terms[after], clear=half == 1 and after == kinds[0])
+            self.give_gate(terms[after])
         block.add(*doubled(self.o, half, "*", "1.0"))
 
     def spans(self, half: int, terms: str, after: bool, first: bool) -> None:
@@ -296,44 +320,42 @@ class GramAdjoint:
         inside = f"T.if_then_else(i // {half} == j // {half}, {value}, 0.0)"
         self.block.add(Map(self.entries, ((f"{name}[i, j]", inside),), eq="1 where a row's decay runs over the token"))
 
-    def give_gate(self, terms: str, clear: bool) -> None:
+    def give_gate(self, terms: str) -> None:
         c, k = self.o.chunk, self.o.channels
-        kept = self.block.shared(terms, c, k, dtype=TERMS)
+        kept, gate = self.block.shared(terms, c, k, dtype=TERMS), "gate_cotangent_s[i, j]"
         eq = "d_g[t] = sum over the pairs whose decay runs over t"
         self.block.add(
-            Copy(kept, f"{terms}_f"), Gemm("gate_cotangent_f", f"{terms}_span_s", kept, (c, k, c), clear=clear, eq=eq)
+            Copy(kept, f"{terms}_f"),
+            Gemm("gram_part_f", f"{terms}_span_s", kept, (c, k, c), clear=True, eq=eq),
+            Map(self.tile, ((gate, f"{gate} + gram_part_f[i, j]"),)),
         )
 
 
-def lower_spread(block: Block, name: str, a: Access, span: Span, shape: tuple[int, ...]) -> Access:
-    """Append out[t] = sum of a[i] over i >= t (THROUGH), i > t (BEFORE) or i < t (REST); [C, K] or [C], in fp32."""
-    return (_spread_channels if len(shape) == 2 else _spread_rows)(block, name, a, span, *shape)
+def lower_spread(block: Block, name: str, a: Access, span: Span, shape: tuple[int, ...]) -> None:
+    """Append to the fp32 tile name_s[t] the sum of a[i] over i >= t (THROUGH), i > t (BEFORE) or i < t (REST)."""
+    (_spread_channels if len(shape) == 2 else _spread_rows)(block, f"{name}_s", a, span, *shape)
 
 
-def _spread_channels(block: Block, name: str, a: Access, span: Span, c: int, channels: int) -> Access:
-    out, eq = block.shared(name, c, channels), f"sums over the rows whose span '{span.value}' holds the token"
-    here, one_on = ("i", "i - 1") if span == Span.REST else (f"{c - 1} - i", f"{c} - i")
-    start = "0" if span == Span.REST else str(c - 1)
-    added = here if span == Span.THROUGH else one_on
-    first = a(start, "j") if span == Span.THROUGH else "0.0"
+def _spread_channels(block: Block, out: str, a: Access, span: Span, c: int, channels: int) -> None:
+    """A running sum a channel, from the last token to the first, or for REST from the first to the last."""
+    total, t = block.shared("spread_total", channels), "i" if span == Span.REST else f"{c - 1} - i"
+    add, give = (f"{total}[j]", f"{total}[j] + {a(t, 'j')}"), (f"{out}[{t}, j]", f"{out}[{t}, j] + {total}[j]")
     block.add(
-        Map((("j", channels),), ((f"{out}[{start}, j]", first),)),
+        Map((("j", channels),), ((f"{total}[j]", "0.0"),)),
         Map(
             (("j", channels),),
-            ((f"{out}[{here}, j]", f"{out}[{one_on}, j] + {a(added, 'j')}"),),
-            serial=("i", 1, c),
-            eq=eq,
+            (add, give) if span == Span.THROUGH else (give, add),
+            serial=("i", 0, c),
+            eq=f"sums over the rows whose span '{span.value}' holds the token",
         ),
     )
-    return element(out)
 
 
-def _spread_rows(block: Block, name: str, a: Access, span: Span, c: int) -> Access:
+def _spread_rows(block: Block, out: str, a: Access, span: Span, c: int) -> None:
     holds = {Span.THROUGH: "j >= i", Span.BEFORE: "j > i", Span.REST: "j < i"}[span]
-    terms, total = block.fragment(f"{name}_spans", c, c), block.fragment(f"{name}_spread", c)
+    terms, total = block.fragment("spread_terms", c, c), block.fragment("spread_total", c)
     block.add(
         Map((("i", c), ("j", c)), ((f"{terms}[i, j]", f"T.if_then_else({holds}, {a('j')}, 0.0)"),)),
         RowSum(total, terms, eq=f"sums over the rows whose span '{span.value}' holds the token"),
-        Copy(block.shared(name, c), total),
+        Map((("i", c),), ((f"{out}[i]", f"{out}[i] + {total}[i]"),)),
     )
-    return element(f"{name}_s")

@@ -223,11 +223,13 @@ def test_a_reset_gives_its_gate_nothing(form):
 def test_spread(span, shape):
     block, index = Block(), ("i", "j")[: len(shape)]
     a = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    out = lower_spread(block, "out", lambda *index: f"a_in[{', '.join(index)}]", span, shape)
-    block.add(Map(tuple(zip(index, shape)), ((f"out_w[{', '.join(index)}]", out(*index)),)))
+    at, loops = f"[{', '.join(index)}]", tuple(zip(index, shape))
+    block.add(Map(loops, ((f"{block.shared('out', *shape)}{at}", "1.0"),)))
+    lower_spread(block, "out", lambda *index: f"a_in[{', '.join(index)}]", span, shape)
+    block.add(Map(loops, ((f"out_w{at}", f"out_s{at}"),)))
     named = [("a_in", a)], [("out_w", shape)]
     made = execute(kernel_of(block, *named, shape[0], 128), *named)["out_w"]
     i, t = np.ogrid[: shape[0], : shape[0]]
     holds = {Span.THROUGH: i >= t, Span.BEFORE: i > t, Span.REST: i < t}[span]
-    expected = torch.einsum("it,i...->t...", torch.from_numpy(holds).double(), a.double())
+    expected = 1 + torch.einsum("it,i...->t...", torch.from_numpy(holds).double(), a.double())
     assert relative(made, expected) < 1e-6
