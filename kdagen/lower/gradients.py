@@ -10,6 +10,7 @@ results and operands are tiles in shared memory, all else are expressions.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 from kdagen.errors import ScheduleError
@@ -35,9 +36,10 @@ from kdagen.ir.tile import ColSum as TileColSum
 from kdagen.ir.tile import RowSum as TileRowSum
 from kdagen.ir.tile import reads as tile_reads
 from kdagen.ir.tile import writes as tile_writes
-from kdagen.lower.block import element
+from kdagen.lower.block import Access, element
 from kdagen.lower.expression import tile_text
 from kdagen.lower.gram_adjoint import lower_gram_adjoint, lower_spread
+from kdagen.lower.order import least_in_use
 from kdagen.lower.prepare import LOG2E, Prepare
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm, TrainingSchedule
@@ -155,13 +157,15 @@ class Gradients(Prepare):
                 self.write(argument, value)
 
     def order(self) -> tuple:
-        """Every op after its operands, and as early as possible those after which a state's tile is free again."""
-        states = {self.state, self.d_next}
-        early = [op for op in self.adjoint.gradients if states & set(reads(op))]
-        sums = {op.out for op in early if isinstance(op, TensorMap)}
-        early += [op for op in self.adjoint.gradients if sums & set(reads(op))]
-        rest = [op for op in self.adjoint.gradients if op not in early]
-        return (*self.adjoint.recompute, *self.adjoint.reverse, *early, *rest)
+        """Every op after its operands; once the reverse scan's are done, those first that free most tiles."""
+        reverse = [op for op in self.adjoint.reverse if op not in self.steps]
+        later = (*self.steps, *self.adjoint.gradients)
+        before, given = (*self.adjoint.recompute, *reverse), (self.state, self.d_next, self.adjoint.d_out)
+        return (*before, *least_in_use(later, before, self.tile_bytes, given))
+
+    def tile_bytes(self, value: Value) -> int:
+        elements = math.prod(map(self.workspace.size, value.dims))
+        return elements * (4 if len(value.dims) < 2 or value.dims[0] == value.dims[1] else 2)
 
     @cached_property
     def steps(self) -> tuple:
@@ -200,6 +204,15 @@ class Gradients(Prepare):
         self.define(value, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')")
 
     # -- products
+
+    def keep(self, value: Value, access: Access, eq: str, name: str = "") -> None:
+        """A K-wide value in the operand dtype, as products need it; others as prepare keeps them."""
+        if value.dims != ("C", "K"):
+            super().keep(value, access, eq, name)
+            return
+        self.define(value, access)
+        tile = self.operand(value)
+        self.define(value, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')")
 
     def operand(self, value: Value) -> str:
         """The tile of a product's operand, formed now if it was an expression so far."""
@@ -294,6 +307,9 @@ class Gradients(Prepare):
 
     def gram(self, op) -> None:
         self.formed[op] = super().gram(op)
+        products = {v for other in self.ops if isinstance(other, MatMul) for term in other.terms for v in term[:2]}
+        for value in products & set(writes(op)):  # at once: the matrices' own tile may be needed for no other
+            self.operand(value)
 
     def gram_adjoint(self, op: GramAdjoint) -> None:
         gram, operands = op.gram, self.formed[op.gram]

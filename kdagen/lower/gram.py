@@ -3,8 +3,7 @@
 Each leaves in shared memory `gram`[(r, i), (s, j)] = sum_k reader_r[i, k] writer_s[j, k] exp(decay from j to i),
 to be read only where j precedes i (or equals it): elsewhere it may hold anything, infinities included.
 Decays are in log2 and are sums over the tokens between, never differences of sums: a gate of -inf is an exact reset.
-The running sums left behind (`through`, in place of a vector gate; `before`, where asked for; `rest`) serve the
-decayed operands afterwards.
+The running sums left behind (`through`, in place of a vector gate, and `rest`) serve the decayed operands afterwards.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ class GramOperands:
     writers: tuple[Access, ...]
     after: tuple[bool, ...]
     diagonal: bool  # whether some reader keeps j = i
-    before: bool  # whether sums without a token's own decay are needed
     g: str  # shared buffer of log2 decays, [C, K] (called through_s) or [C]; "" without decay
     chunk: int
     channels: int
@@ -90,24 +88,22 @@ def _plain(block: Block, o: GramOperands) -> None:
 
 
 def _running_sums(block: Block, o: GramOperands) -> None:
-    """through_i = g_0 + .. + g_i, before_i = through_{i-1}, rest_j = g_{j+1} + .. + g_{C-1}, serially."""
+    """through_i = g_0 + .. + g_i, rest_j = g_{j+1} + .. + g_{C-1}, serially."""
     c = o.chunk
-    _sums(block, o)
-    first = [("before_s[0, j]", "0.0")] if o.before else []
-    later = [("before_s[i, j]", "through_s[i - 1, j]")] if o.before else []
+    block.shared("rest", c, o.channels)
     channels = (("j", o.channels),)
     block.add(
-        Map(channels, ((f"rest_s[{c - 1}, j]", "0.0"), *first), eq="running sums of log decay"),
+        Map(channels, ((f"rest_s[{c - 1}, j]", "0.0"),), eq="running sums of log decay"),
         Map(
             channels, ((f"rest_s[{c - 1} - i, j]", f"rest_s[{c} - i, j] + through_s[{c} - i, j]"),), serial=("i", 1, c)
         ),
-        Map(channels, (*later, ("through_s[i, j]", "through_s[i - 1, j] + through_s[i, j]")), serial=("i", 1, c)),
+        Map(channels, (("through_s[i, j]", "through_s[i - 1, j] + through_s[i, j]"),), serial=("i", 1, c)),
     )
 
 
-def _sums(block: Block, o: GramOperands) -> list[str]:
-    """Declare the running sums beside `through`; returns their buffers."""
-    return [block.shared(name, o.chunk, o.channels) for name in (("before", "rest") if o.before else ("rest",))]
+def before(row: str, channel: str, size: int, none: str = "0.0") -> str:
+    """Text of what `through` is for the row above, in blocks of `size` rows; `none` for a block's first row."""
+    return f"T.if_then_else({row} % {size} == 0, {none}, through_s[T.max({row} - 1, 0), {channel}])"
 
 
 def _scalar(block: Block, o: GramOperands) -> None:
@@ -155,7 +151,7 @@ def _factored(block: Block, o: GramOperands) -> None:
 def anchored(o: GramOperands) -> tuple[dict[bool, str], str]:
     """Texts of the factors of rows (by whether the reader sees its own decay) and of columns about a fixed row."""
     anchor = f"through_s[{o.chunk // 2}, j]"
-    row = {True: f"T.exp2(through_s[i, j] - {anchor})", False: f"T.exp2(before_s[i, j] - {anchor})"}
+    row = {True: f"T.exp2(through_s[i, j] - {anchor})", False: f"T.exp2({before('i', 'j', o.chunk)} - {anchor})"}
     return row, f"T.exp2({anchor} - through_s[i, j])"
 
 
@@ -165,9 +161,8 @@ def _tree(block: Block, o: GramOperands) -> None:
     height, width = block.buffers[acc].shape
     level = block.fragment("level", height, width)
     tile = (("i", o.chunk), ("j", o.channels))
-    block.add(
-        Map(tile, tuple((f"{name}[i, j]", "0.0") for name in _sums(block, o)), eq="sums within blocks of 1 token")
-    )
+    rest = block.shared("rest", o.chunk, o.channels)
+    block.add(Map(tile, ((f"{rest}[i, j]", "0.0"),), eq="sums within blocks of 1 token"))
     _diagonal(block, o, acc)
     half = 1
     while half < o.chunk:
@@ -191,7 +186,7 @@ def _diagonal(block: Block, o: GramOperands, acc: str) -> None:
 def _join(block: Block, o: GramOperands, acc: str, level: str, half: int) -> None:
     c, pair = o.chunk, 2 * half
     entries = (("i", block.buffers[acc].shape[0]), ("j", block.buffers[acc].shape[1]))
-    row = {True: "T.exp2(through_s[i, j])", False: "T.exp2(before_s[i, j])"}
+    row = {True: "T.exp2(through_s[i, j])", False: f"T.exp2({before('i', 'j', half)})"}
     same = f"i % {c} // {pair} == j % {c} // {pair}" if pair < c else ""
     halves = f"i % {pair} >= {half} and j % {pair} < {half}"
     keep = " and ".join(t for t in (same, halves) if t)
@@ -209,14 +204,13 @@ def doubled(o: GramOperands, half: int, join: str = "+", unit: str = "0.0") -> t
     tile = (("i", o.chunk), ("j", o.channels))
     second, start = f"i % {pair} >= {half}", f"(i // {pair}) * {pair}"
     first_sum, second_sum = f"through_s[{start} + {half - 1}, j]", f"through_s[{start} + {pair - 1}, j]"
-    names = [name for name in ("before", "through") if o.before or name == "through"]
     return (
         Map(
             tile,
             (("rest_s[i, j]", f"rest_s[i, j] {join} T.if_then_else({second}, {unit}, {second_sum})"),),
             eq=f"sums within blocks of {pair} tokens",
         ),
-        Map(tile, tuple((f"{n}_s[i, j]", f"{n}_s[i, j] {join} {first_sum}") for n in names), where=second),
+        Map(tile, (("through_s[i, j]", f"through_s[i, j] {join} {first_sum}"),), where=second),
     )
 
 
@@ -226,7 +220,9 @@ def _tile_and(condition: str) -> str:
     return parts[0] if len(parts) == 1 else f"T.And({_tile_and(' and '.join(parts[:-1]))}, {parts[-1]})"
 
 
-def decayed(span: str, scalar: bool) -> Access:
+def decayed(span: str, scalar: bool, chunk: int) -> Access:
     """Text of exp(running sum) for a row (and channel), after `lower_gram` has left the sums."""
+    if span == "before" and not scalar:
+        return lambda row, channel: f"T.exp2({before(row, channel, chunk)})"
     read = element(f"{span}_s")
     return (lambda *index: f"T.exp2({read(index[0])})") if scalar else (lambda *index: f"T.exp2({read(*index)})")

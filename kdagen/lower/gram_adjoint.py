@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kdagen.ir.tensor import Span
-from kdagen.ir.tile import Copy, Gemm, Map, RowSum
+from kdagen.ir.tile import Gemm, Map, RowSum
 from kdagen.lower.block import Access, Block, element, shifted
-from kdagen.lower.gram import GramOperands, anchored, doubled, fill
+from kdagen.lower.gram import GramOperands, anchored, before, doubled, fill
 from kdagen.schedule import DecayForm
 
 TERMS = "bfloat16"  # dtype of the terms of a gate's cotangent, which no chunk scales: it needs the range of fp32
@@ -106,30 +106,31 @@ class GramAdjoint:
                     assign.append((f"d_gram_writer{s}_s[{shifted(r * c, 'i')}, j]", entry))
         self.block.add(Map(self.entries, tuple(assign), tuple(lets), eq=eq))
 
-    def products(self, eq: str, read: Callable[[int], None], written: Callable[[int], None]) -> None:
-        """Each reader's and writer's product in turn, given to what `read` and `written` append."""
+    def products(self, eq: str, use: Callable[[str, int], None]) -> None:
+        """Each writer's and reader's product in turn, given to what `use(side, n)` appends."""
         c, k = self.o.chunk, self.o.channels
-        for r in self.readers:
-            inner = len(self.o.writers) * c
-            self.block.add(Gemm("gram_part_f", f"d_gram_reader{r}_s", COLS, (c, k, inner), clear=True, eq=eq))
-            read(r)
         for s in self.writers:
             inner = len(self.o.readers) * c
             self.block.add(
                 Gemm("gram_part_f", f"d_gram_writer{s}_s", ROWS, (c, k, inner), trans_a=True, clear=True, eq=eq)
             )
-            written(s)
+            use("writer", s)
+        for r in self.readers:
+            inner = len(self.o.writers) * c
+            self.block.add(Gemm("gram_part_f", f"d_gram_reader{r}_s", COLS, (c, k, inner), clear=True, eq=eq))
+            use("reader", r)
 
-    def kept(self, add: bool = True) -> None:
+    def kept(self) -> None:
         """The products of all pairs at once, on top of what else is owed."""
+        self.products("d_z_i = sum_j d_ij x_j, d_x_j = sum_i d_ij z_i", lambda side, n: self.keep(side, n, ""))
 
-        def keep(side: str) -> Callable[[int], None]:
-            target = f"{side}{{}}_cotangent_s[i, j]"
-            return lambda n: self.block.add(
-                Map(self.tile, ((target.format(n), f"gram_part_f[i, j]{self.plus(add and self.added(side, n))}"),))
-            )
+    def keep(self, side: str, n: int, factor: str, own: str = "") -> None:
+        value = f"gram_part_f[i, j]{f' * {factor}' if factor else ''}{self.plus(own, self.added(side, n))}"
+        self.block.add(Map(self.tile, ((f"{side}{n}_cotangent_s[i, j]", value),)))
 
-        self.products("d_z_i = sum_j d_ij x_j, d_x_j = sum_i d_ij z_i", keep("reader"), keep("writer"))
+    def operand(self, side: str, n: int) -> str:
+        """What a product's other side was multiplied by: a row of a reader's or a writer's scaled operand."""
+        return f"T.cast({ROWS if side == 'reader' else COLS}[{shifted(n * self.o.chunk, 'i')}, j], 'float32')"
 
     def added(self, side: str, n: int, index: tuple[str, ...] = ("i", "j")) -> str:
         """What a reader (or writer, or the gate) is owed besides."""
@@ -207,63 +208,50 @@ class GramAdjoint:
         return f"T.if_then_else({keep}, ({self.d_outs[r][s](row, 'j')}) * {gram}, 0.0)"
 
     def factored(self) -> None:
-        """Rows and columns scaled about the anchor, as in the forward; the gate's sums before they are scaled back."""
+        """Rows and columns scaled about the anchor, as in the forward. d_g[t] = sum over rows i >= t of u_i - w_i,
+
+        where u_i = z_i d_z_i and w_i = x_i d_x_i: of a pair on one side of t both are the same terms, of the same
+        rounded operands, and cancel to fp32.
+        """
         row, col = anchored(self.o)
         self.fill(row, col, f"bounded gate: rows and columns about row {self.o.chunk // 2}")
         self.select(lambda r, s: "j < i", lambda r: "", "cotangents of the secondary matrices")
-        self.kept(add=False)
-        self.factored_gate()
-        factors = [("reader", r, row[self.o.after[r]]) for r in self.readers]
-        for side, n, factor in (*factors, *(("writer", s, col) for s in self.writers)):
-            at = f"{side}{n}_cotangent_s[i, j]"
-            value = f"{at} * {factor}{self.plus(self.own(side, n), self.added(side, n))}"
-            self.block.add(Map(self.tile, ((at, value),), eq="scaled as the operand is; a token's own write undecayed"))
+        terms = self.block.shared("gram_terms", self.o.chunk, self.o.channels)
+        self.start_gate()
 
-    def factored_gate(self) -> None:
-        """d_g[t] = sum over rows i >= t of u_i - w_i, where u_i = z_i d_z_i and w_i = x_i d_x_i: of a pair on one side
+        def use(side: str, n: int) -> None:
+            first = (side, n) == ("writer", self.writers[0])
+            self.add_terms(terms, side, n, "-" if side == "writer" else "", first)
+            self.keep(side, n, col if side == "writer" else row[self.o.after[n]], self.own(side, n))
 
-        of t both are the same terms, of the same rounded operands, and cancel to fp32. Readers before: u_{i+1} for u_i.
-        """
-        c, block = self.o.chunk, self.block
-        gate = block.shared("gate_cotangent", c, self.o.channels)
+        self.products("d_z_i = sum_j d_ij x_j, d_x_j = sum_i d_ij z_i", use)
+        shape = (self.o.chunk, self.o.channels)
+        lower_spread(self.block, "gate_cotangent", element(terms), Span.THROUGH, shape)
 
-        def terms(t: str, last: bool = False) -> str:
-            rows = [(r, t if self.o.after[r] else f"{t} + 1") for r in self.readers if self.o.after[r] or not last]
-            u = [f"T.cast({ROWS}[{shifted(r * c, i)}, j], 'float32') * reader{r}_cotangent_s[{i}, j]" for r, i in rows]
-            w = [
-                f"T.cast({COLS}[{shifted(s * c, t)}, j], 'float32') * writer{s}_cotangent_s[{t}, j]"
-                for s in self.writers
-            ]
-            return f"({' + '.join(u or ['0.0'])}) - ({' + '.join(w)})"
+    def start_gate(self) -> None:
+        tile = self.block.shared("gate_cotangent", self.o.chunk, self.o.channels)
+        self.block.add(Map(self.tile, ((f"{tile}[i, j]", self.added("gate", 0) or "0.0"),), eq="what the state gave"))
 
-        t = f"{c - 1} - i"
-        channels = (("j", self.o.channels),)
-        block.add(
-            Map(channels, ((f"{gate}[{c - 1}, j]", terms(str(c - 1), last=True)),)),
-            Map(
-                channels,
-                ((f"{gate}[{t}, j]", f"{gate}[{c} - i, j] + ({terms(t)})"),),
-                serial=("i", 1, c),
-                eq="d_g[t] = sum over i >= t of z_i d_z_i - x_i d_x_i",
-            ),
-        )
-        if add := self.added("gate", 0):
-            block.add(Map(self.tile, ((f"{gate}[i, j]", f"{gate}[i, j] + {add}"),)))
+    def add_terms(self, terms: str, side: str, n: int, sign: str, first: bool, where: str = "i > 0") -> None:
+        """What a product gives the gate, by rows; that of a reader before its own decay belongs to the row above."""
+        value = f"{sign}{self.operand(side, n)} * gram_part_f[i, j]"
+        above = side == "reader" and not self.o.after[n]
+        target = f"{terms}[{'i - 1' if above else 'i'}, j]"
+        value = value if first else f"{target} + {value}"
+        self.block.add(Map(self.tile, ((target, value),), where=where if above else ""))
 
     def tree(self, gate: Access) -> None:
-        """Blocks of 1, 2, 4.. rows joined in pairs, as in the forward. `through`, `rest`, `before` hold decays, not
+        """Blocks of 1, 2, 4.. rows joined in pairs, as in the forward. `through` and `rest` hold decays, not their
 
-        their logarithms, while blocks grow: one exponential a token serves all levels.
+        logarithms, while blocks grow: one exponential a token serves all levels.
         """
         c, block = self.o.chunk, self.block
         for side, n in (*(("reader", r) for r in self.readers), *(("writer", s) for s in self.writers)):
             terms = [t for t in (self.added(side, n), self.own(side, n)) if t]
             target, eq = f"{side}{n}_cotangent_s[i, j]", "what the state gave; a token's own write is not decayed"
             block.add(Map(self.tile, ((target, " + ".join(terms) or "0.0"),), eq=eq))
-        gate_tile = block.shared("gate_cotangent", c, self.o.channels)
-        block.add(Map(self.tile, ((f"{gate_tile}[i, j]", self.added("gate", 0) or "0.0"),)))
-        names = ["through_s", "rest_s", *(["before_s"] if self.o.before else [])]
-        values = [f"T.exp2({gate('i', 'j')})", "1.0", "1.0"]
+        self.start_gate()
+        names, values = ("through_s", "rest_s"), (f"T.exp2({gate('i', 'j')})", "1.0")
         block.add(
             Map(
                 self.tile,
@@ -280,53 +268,38 @@ class GramAdjoint:
     def level(self, half: int) -> None:
         """Pairs of blocks: products of their cotangents, scaled as the operands are; what they give the gate."""
         pair, block = 2 * half, self.block
-        factor = {True: "through_s[i, j]", False: "before_s[i, j]"}
-        kinds = sorted({self.o.after[r] for r in self.readers}, reverse=True)
-        terms = {after: "gram_terms" if after == kinds[0] else "gram_terms_before" for after in kinds}
-        begun = set()
+        factor = {True: "through_s[i, j]", False: before("i", "j", half, "1.0")}
         self.fill(factor, "rest_s[i, j]", f"pairs of {half}-token blocks, about the last row of the first")
         halves = f"T.And(i % {pair} >= {half}, j % {pair} < {half})"
         same = f"T.And(i // {pair} == j // {pair}, {halves})" if pair < self.o.chunk else halves
         self.select(lambda r, s: same, lambda r: "", "their part of the matrices' cotangents")
-        for after in kinds:
-            self.spans(half, terms[after], after, first=after == kinds[0])
+        self.spans(half)
+        terms = block.shared("gram_terms", self.o.chunk, self.o.channels, dtype=TERMS)
 
-        def add(stream: str, scale: str, operand: str, after: bool) -> None:
-            name = block.fragment(terms[after], self.o.chunk, self.o.channels)
-            sum_so_far = f"{name}[i, j] + " if name in begun else ""
-            begun.add(name)
-            assign = (
-                (f"{stream}_cotangent_s[i, j]", f"{stream}_cotangent_s[i, j] + gram_part_f[i, j] * {scale}"),
-                (f"{name}[i, j]", f"{sum_so_far}T.cast({operand}, 'float32') * gram_part_f[i, j]"),
-            )
-            block.add(Map(self.tile, assign))
+        def use(side: str, n: int) -> None:
+            scale = "rest_s[i, j]" if side == "writer" else factor[self.o.after[n]]
+            target = f"{side}{n}_cotangent_s[i, j]"
+            block.add(Map(self.tile, ((target, f"{target} + gram_part_f[i, j] * {scale}"),)))
+            if half > 1 or side == "writer" or self.o.after[n]:  # a block's first row has no decay ahead of its own
+                first = (side, n) == ("writer", self.writers[0])
+                self.add_terms(terms, side, n, "", first, where=f"i % {half} > 0")
 
-        c = self.o.chunk
-        self.products(
-            "d_z_i = sum_j d_ij x_j, d_x_j = sum_i d_ij z_i of these pairs",
-            lambda r: add(f"reader{r}", factor[self.o.after[r]], f"{ROWS}[{shifted(r * c, 'i')}, j]", self.o.after[r]),
-            lambda s: add(f"writer{s}", "rest_s[i, j]", f"{COLS}[{shifted(s * c, 'i')}, j]", kinds[0]),
-        )
-        for after in kinds:
-            self.give_gate(terms[after])
+        self.products("d_z_i = sum_j d_ij x_j, d_x_j = sum_i d_ij z_i of these pairs", use)
+        self.give_gate(terms)
         block.add(*doubled(self.o, half, "*", "1.0"))
 
-    def spans(self, half: int, terms: str, after: bool, first: bool) -> None:
+    def spans(self, half: int) -> None:
         """Which rows' terms (j) a token (i) gets: in a second block those from it on, in a first those before it."""
-        later = f"T.if_then_else({'j >= i' if after else 'j > i'}, 1.0, 0.0)"
-        earlier = "T.if_then_else(j < i, 1.0, 0.0)" if first else "0.0"
-        value = f"T.if_then_else(i % {2 * half} >= {half}, {later}, {earlier})"
-        name = self.block.shared(f"{terms}_span", self.o.chunk, self.o.chunk, dtype=TERMS)
-        inside = f"T.if_then_else(i // {half} == j // {half}, {value}, 0.0)"
+        holds = f"T.if_then_else(i % {2 * half} >= {half}, j >= i, j < i)"
+        name = self.block.shared("gram_span", self.o.chunk, self.o.chunk, dtype=TERMS)
+        inside = f"T.if_then_else(T.And(i // {half} == j // {half}, {holds}), 1.0, 0.0)"
         self.block.add(Map(self.entries, ((f"{name}[i, j]", inside),), eq="1 where a row's decay runs over the token"))
 
     def give_gate(self, terms: str) -> None:
         c, k = self.o.chunk, self.o.channels
-        kept, gate = self.block.shared(terms, c, k, dtype=TERMS), "gate_cotangent_s[i, j]"
-        eq = "d_g[t] = sum over the pairs whose decay runs over t"
+        gate, eq = "gate_cotangent_s[i, j]", "d_g[t] = sum over the pairs whose decay runs over t"
         self.block.add(
-            Copy(kept, f"{terms}_f"),
-            Gemm("gram_part_f", f"{terms}_span_s", kept, (c, k, c), clear=True, eq=eq),
+            Gemm("gram_part_f", "gram_span_s", terms, (c, k, c), clear=True, eq=eq),
             Map(self.tile, ((gate, f"{gate} + gram_part_f[i, j]"),)),
         )
 

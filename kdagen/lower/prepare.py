@@ -207,10 +207,10 @@ class Prepare:
     def decay(self, op: Decay) -> None:
         scalar = self.dims_of[op.g.name] == ("C",)
         if op.span == Span.ALL:
-            last = decayed("through", scalar)
+            last = decayed("through", scalar, self.chunk)
             self.define(op.out, lambda *index: last(str(self.chunk - 1), *index))
         else:
-            self.define(op.out, decayed(op.span.value, scalar))
+            self.define(op.out, decayed(op.span.value, scalar, self.chunk))
 
     def gram(self, op: Gram) -> GramOperands:
         form = self.schedule.decay if op.g else DecayForm.NONE
@@ -225,7 +225,6 @@ class Prepare:
             writers=tuple(self.access[v.name] for v in op.writers),
             after=op.after,
             diagonal=any(map(any, op.diagonal)),
-            before=self.before(op),
             g=self.gate(op.g),
             chunk=self.chunk,
             channels=self.dims["K"],
@@ -236,10 +235,6 @@ class Prepare:
             for s, out in enumerate(row):
                 self.define(out, self.masked(r, s, op.diagonal[r][s]))
         return operands
-
-    def before(self, gram: Gram) -> bool:
-        """Whether anything reads the state ahead of its token's decay."""
-        return not all(gram.after) or any(isinstance(op, Decay) and op.span == Span.BEFORE for op in self.ops)
 
     def gate(self, g: Value | None) -> str:
         """The buffer of log2 decays; a vector gate's holds running sums afterwards."""

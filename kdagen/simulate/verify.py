@@ -12,18 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdagen.codegen.source import KernelSource, OpSource, TensorSpec
-from kdagen.ir.canonical import Canonical
 from kdagen.ir.canonical_json import from_json
-from kdagen.pipeline import gates
 from kdagen.reference import recurrence_reference
 from kdagen.runtime import manifest as manifests
 from kdagen.simulate.memory import Statistics
 from kdagen.simulate.run import simulate, simulate_training
+from kdagen.tolerance import TOLERANCE, gradient_tolerance, reference_gradients, relative_error
 
-# Relative error below which a program computes its recurrence, as far as its operands' dtype allows.
-TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
-# The same of gradients: of keys, values and the state, and of what decays and scales.
-GRADIENT_TOLERANCE = {"bfloat16": (8e-3, 2e-2), "float16": (1e-3, 2.5e-3)}
 STATES = ("initial_state", "final_state", "d_initial_state", "d_final_state")
 
 
@@ -103,29 +98,11 @@ def verify_training(
     seconds = time.perf_counter() - started
     expected_o, expected_final, expected = reference_gradients(recurrence, tensors, state, d_out, d_final)
     errors = relative_error(o, expected_o), relative_error(final, expected_final)
-    loose, (tight, wide) = loosely(from_json(source.recurrence["canonical"])), GRADIENT_TOLERANCE[source.dtype]
+    most = gradient_tolerance(from_json(source.recurrence["canonical"]), source.dtype)
     found = {**gradients, "initial_state": d_state}
-    by_name = {n: (relative_error(found[n], e), wide if n in loose else tight) for n, e in expected.items()}
+    by_name = {n: (relative_error(found[n], e), most[n]) for n, e in expected.items()}
     did = {f"{which} {kernel}": s for which, kernels in statistics.items() for kernel, s in kernels.items()}
     return TrainingVerdict(*errors, TOLERANCE[source.dtype], did, tuple(shape), seconds, by_name)
-
-
-def loosely(canonical: Canonical) -> set[str]:
-    """Arguments whose gradients are sums of terms that cancel: what decays, a token's scalars, a head's parameters."""
-    return gates(canonical) | {a.name for a in canonical.arguments if not a.axis or not a.per_token}
-
-
-def reference_gradients(recurrence, tensors: dict, state, d_out, d_final_state) -> tuple:
-    """(output, final state, gradients by argument and of "initial_state") in float64, token by token."""
-    import torch
-
-    leaves = {name: x.double().requires_grad_() for name, x in {**tensors, "initial_state": state}.items()}
-    given = {name: x for name, x in leaves.items() if name != "initial_state"}
-    o, final = recurrence_reference(recurrence, given, leaves["initial_state"])
-    made = torch.autograd.grad(
-        (o, final), list(leaves.values()), (d_out.double(), d_final_state.double()), materialize_grads=True
-    )
-    return o.detach(), final.detach(), dict(zip(leaves, made))
 
 
 def draw_cotangents(source: OpSource, shape: tuple[int, int, int], seed: int = 0) -> tuple:
@@ -150,12 +127,6 @@ def draw(source: OpSource, shape: tuple[int, int, int], gate: str = "mild", seed
     generator = torch.Generator().manual_seed(seed)
     state = 0.1 * torch.randn(shape[0], shape[2], k, v, generator=generator)
     return {name: x.to(dtypes[name]) for name, x in drawn.items() if name in dtypes}, state
-
-
-def relative_error(found, expected) -> float:
-    """Norm of the difference over norm; 0 where both are 0."""
-    difference, norm = float((found.double() - expected).norm()), float(expected.norm())
-    return difference / norm if norm else math.inf if difference else difference
 
 
 def built_source(folder: str | Path) -> OpSource:

@@ -113,7 +113,6 @@ class Case:
             tuple(read(f"x{s}_in") for s in range(len(self.x))),
             self.after,
             any(map(any, self.diagonal)),
-            not all(self.after),
             "" if self.g is None else "g_s" if self.scalar else "through_s",
             self.chunk,
             self.channels,
