@@ -1,11 +1,13 @@
 """Built ops for the tests of this folder, and memory that shows what a kernel reads or writes outside its tensors.
 
-Kernels come from the folder that KDAGEN_BUILD_DIR names; those that it lacks are built just in time. What is needed of
-kdagen is its runtime: no TileLang and no compiler where all ops were built elsewhere.
+Kernels come from the folder that KDAGEN_BUILD_DIR names, those that train also from packages beside it; what is in
+none of them is built just in time. What is needed of kdagen is its runtime: no TileLang and no compiler where all ops
+were built elsewhere.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,8 +19,8 @@ from kdagen.reference import recurrence_reference
 from kdagen.runtime.loader import LoadedOp, load_op
 from kdagen.runtime.package import BuiltOp
 from kdagen.target import TARGETS
+from kdagen.tolerance import TOLERANCE, gradient_tolerance, reference_gradients, relative_error
 
-TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}  # of the norm of the difference over the norm
 POISON = 0xFF  # as bytes of any floating dtype: NaN
 GUARD_BYTES = 1 << 14
 DEVICE = "cuda"
@@ -32,16 +34,36 @@ def capability() -> str:
 @cache
 def variants(name: str) -> tuple[LoadedOp, ...]:
     """Kernels of an entry of the zoo for this GPU: all that the build folder has, or one set built just in time."""
-    found = BuiltOp(debug.build_dir() / name).variants if (debug.build_dir() / name).is_dir() else []
-    return tuple(v for v in found if capability() in v.manifest["target"]["runs_on"]) or (_build(name),)
+    return _found(name, [debug.build_dir()], training=False) or (_build(name),)
 
 
-def _build(name: str) -> LoadedOp:
+@cache
+def trained(name: str) -> tuple[LoadedOp, ...]:
+    """The same of those that train, whatever they keep."""
+    places = [debug.build_dir(), *sorted(p.parent for p in debug.build_dir().parent.glob("*/kdagen.json"))]
+    return _found(name, list(dict.fromkeys(places)), training=True) or (_build(name, {}),)
+
+
+@cache
+def by_policy(name: str) -> dict[str, LoadedOp]:
+    """Kernels that train by what they keep; policies that were not built are, just in time."""
+    found = {kernels.plan["schedule"]["keep"]: kernels for kernels in reversed(trained(name))}
+    return {keep: found.get(keep) or _build(name, {"keep": keep}) for keep in ("inputs", "states", "all")}
+
+
+def _found(name: str, places: list, training: bool) -> tuple[LoadedOp, ...]:
+    built = [v for place in places if (place / name).is_dir() for v in BuiltOp(place / name).variants]
+    return tuple(v for v in built if v.training == training and capability() in v.manifest["target"]["runs_on"])
+
+
+def _build(name: str, training: dict | None = None) -> LoadedOp:
+    """Built just in time: for inference, or with the fields of a schedule in which training differs."""
     from kdagen.build.builder import build_cached
-    from kdagen.pipeline import compile_op
+    from kdagen.pipeline import compile_op, compile_training
 
     arch = next(t.name for t in TARGETS.values() if capability() in t.runs_on)
-    return load_op(build_cached(compile_op(zoo.get(name), arch=arch)))
+    make = compile_op if training is None else compile_training
+    return load_op(build_cached(make(zoo.get(name), arch=arch, schedule=training)))
 
 
 @cache
@@ -59,6 +81,14 @@ def draw(
     drawn = zoo.sample(from_json(plan["recurrence"]["canonical"]), dims, gate, seed)
     state = 0.1 * torch.randn(dims[0], *dims[2:], generator=torch.Generator().manual_seed(seed))
     return {n: x.to(getattr(torch, plan["tensors"][n]["dtype"])) for n, x in drawn.items()}, state
+
+
+def draw_cotangents(kernels: LoadedOp, shape: tuple[int, int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of the output and of the final state, on the CPU."""
+    (b, t, h), dims = shape, kernels.plan["dims"]
+    generator = torch.Generator().manual_seed(seed + 1)
+    d_out = torch.randn(b, t, h, dims["V"], generator=generator).to(getattr(torch, kernels.plan["dtype"]))
+    return d_out, torch.randn(b, h, dims["K"], dims["V"], generator=generator)
 
 
 class Guarded:
@@ -89,15 +119,61 @@ class Guarded:
 
 def launch(kernels: LoadedOp, tensors: dict, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, final state) of one launch; nothing but workspaces and results was written, and all of the results."""
-    memory, given = Guarded(), dict(tensors)
-    if state is not None:
-        given[kernels.by_role["initial_state"]] = state
-    copies = {name: memory.copy(x) for name, x in given.items()}
-    results = kernels.launch(copies, memory.allocate)
+    memory = Guarded()
+    copies = _copies(kernels, memory, tensors, {"initial_state": state})
+    made = _launch(kernels, copies, "forward", memory)
+    return _results(kernels, made, "out", "final_state")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a forward and its backward give; `gradients` are by argument and of "initial_state"."""
+
+    out: torch.Tensor
+    final_state: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """All of it, on the CPU."""
+        gradients = {f"d_{name}": x for name, x in self.gradients.items()}
+        return {n: x.cpu() for n, x in {"out": self.out, "final_state": self.final_state, **gradients}.items()}
+
+
+def train(kernels: LoadedOp, tensors: dict, state=None, d_out=None, d_final_state=None) -> Trained:
+    """One launch of both passes; of the forward's workspaces only those that it keeps outlive it.
+
+    As for `launch`, nothing is written but workspaces and results: the backward leaves what was kept as it was.
+    """
+    memory = Guarded()
+    arguments = _copies(kernels, memory, tensors, {"initial_state": state})
+    forward = _launch(kernels, arguments, "forward", memory)
+    kept = {name: forward[name] for name in kernels.kept}
+    cotangents = _copies(kernels, memory, {}, {"d_out": d_out, "d_final_state": d_final_state})
+    backward = _launch(kernels, arguments | kept | cotangents, "backward", memory)
+    (d_initial,) = _results(kernels, backward, "d_initial_state")
+    gradients = {**kernels.gradients(backward), "initial_state": d_initial}
+    assert all(x.isfinite().all() for x in gradients.values()), "a gradient that is NaN: not written, or of no tensor"
+    return Trained(*_results(kernels, forward, "out", "final_state"), gradients)
+
+
+def _copies(kernels: LoadedOp, memory: Guarded, tensors: dict, of_roles: dict) -> dict:
+    """Guarded copies on the GPU, by name."""
+    named = {kernels.by_role[role]: x for role, x in of_roles.items() if x is not None}
+    return {name: memory.copy(x) for name, x in {**tensors, **named}.items()}
+
+
+def _launch(kernels: LoadedOp, given: dict, which: str, memory: Guarded) -> dict:
+    before = {name: x.clone() for name, x in given.items()}
+    made = kernels.launch(given, which, memory.allocate)
     torch.cuda.synchronize()
     assert memory.intact(), "a kernel wrote outside its tensors"
-    assert all(same_bits(copies[name].cpu(), x.cpu()) for name, x in given.items()), "a kernel wrote to an argument"
-    found = results[kernels.by_role["out"]], results[kernels.by_role["final_state"]]
+    changed = [name for name, x in before.items() if not same_bits(given[name], x)]
+    assert not changed, f"a kernel wrote to {', '.join(changed)}, which it was given"
+    return made
+
+
+def _results(kernels: LoadedOp, made: dict, *roles: str) -> tuple:
+    found = tuple(made[kernels.by_role[role]] for role in roles)
     assert all(x.isfinite().all() for x in found), "NaN: not written, or computed from what no tensor holds"
     return found
 
@@ -111,3 +187,25 @@ def errors(name: str, found, tensors: dict, state: torch.Tensor | None) -> tuple
     """Relative errors of (output, final state) against the recurrence, token by token in float64."""
     expected = recurrence_reference(zoo.get(name), tensors, state)
     return tuple(float((f.double().cpu() - e).norm() / e.norm()) for f, e in zip(found, expected))
+
+
+def training_errors(name: str, kernels: LoadedOp, tensors: dict, state, d_out, d_final_state) -> dict[str, tuple]:
+    """Error of each result and gradient against the recurrence in float64, and what it may be at most.
+
+    The oracle runs where the kernels do: with float64 states of every token, a CPU takes long.
+    """
+    found = train(kernels, tensors, state, d_out, d_final_state)
+    zeros = torch.zeros(found.final_state.shape, dtype=torch.float64, device=DEVICE)
+    moved = {n: x.to(DEVICE) for n, x in tensors.items()}
+    given = [zeros if x is None else x.to(DEVICE) for x in (state, d_out, d_final_state)]
+    given[1] = torch.zeros(found.out.shape, dtype=torch.float64, device=DEVICE) if d_out is None else given[1]
+    with torch.device(DEVICE):
+        out, final, gradients = reference_gradients(zoo.get(name), moved, *given)
+    dtype, canonical = kernels.plan["dtype"], from_json(kernels.plan["recurrence"]["canonical"])
+    most = gradient_tolerance(canonical, dtype)
+    wrong = {f"d_{n}": (relative_error(found.gradients[n], e), most[n]) for n, e in gradients.items()}
+    return {
+        "out": (relative_error(found.out, out), TOLERANCE[dtype]),
+        "final_state": (relative_error(found.final_state, final), TOLERANCE[dtype]),
+        **wrong,
+    }

@@ -1,9 +1,10 @@
 """Built kernels on a GPU against the float64 recurrence: every entry of the zoo, every class of gates, odd shapes."""
 
 import pytest
-from built_ops import TOLERANCE, draw, errors, launch, variants
+from built_ops import draw, errors, launch, variants
 
 from kdagen import zoo
+from kdagen.tolerance import TOLERANCE
 from kdagen.zoo.inputs import GATES
 
 pytestmark = pytest.mark.gpu

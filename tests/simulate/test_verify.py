@@ -12,7 +12,8 @@ from kdagen.derive.canonical import canonical
 from kdagen.pipeline import compile_op, compile_training
 from kdagen.simulate import verify as module
 from kdagen.simulate.memory import Statistics
-from kdagen.simulate.verify import Verdict, built_source, draw, loosely, verify, verify_training
+from kdagen.simulate.verify import Verdict, built_source, draw, verify, verify_training
+from kdagen.tolerance import loosely
 
 
 def simulate(*words: str):
