@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+from kdagen.derive.adjoint import adjoint
+from kdagen.derive.chunk import chunk_form
+from kdagen.errors import ScheduleError
 from kdagen.ir.canonical import Canonical
 from kdagen.lower.decay import decay_form
+from kdagen.lower.gradients import lower_gradients
 from kdagen.lower.warps import prepare_threads
+from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm, Schedule, TrainingSchedule
 from kdagen.target import Target
+
+PACKING = 1.08  # of shared memory that merged tiles take, at most, over what is in use at once
 
 
 def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, **choices) -> Schedule:
@@ -18,10 +27,11 @@ def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, tar
     chunk = choices.get("chunk_size") or chunk_size(canonical, dims, dtype, target)
     wide = target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128 and rows == 1
     v_tile = 128 if wide else 64
+    decay = decay_form(canonical, chunk, dtype)[0]
     return Schedule(
         chunk_size=chunk,
-        decay=decay_form(canonical, chunk, dtype)[0],
-        prepare_threads=prepare_threads(canonical, chunk, target),
+        decay=decay,
+        prepare_threads=prepare_threads(canonical, chunk, target, choices.get("decay", decay) == DecayForm.TREE),
         v_tile=v_tile,
         scan_threads=2 * choices.get("v_tile", v_tile),
         stages=2 if target.bulk_copies else 1,
@@ -32,10 +42,42 @@ def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, tar
 def default_training_schedule(
     canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, **choices
 ) -> TrainingSchedule:
-    """The same for an op in training: states are stored once a chunk, so chunks are longer than in inference."""
-    chunk = choices.get("chunk_size") or 32
-    forward = default_schedule(canonical, dims, dtype, target, chunk_size=chunk)
-    return TrainingSchedule(**vars(forward)).replace(**choices)
+    """The same for an op in training: the longest chunks with which a chunk's whole backward fits in shared memory.
+
+    States are stored once a chunk. Chunks of 16 have products that 2 warps share at most, too few to hold a state's
+    cotangent in registers: then each chunk is a segment of its own.
+    """
+    tried = [_training(canonical, dims, dtype, target, chunk, choices) for chunk in _chunks(choices)]
+    return next((s for s in tried if fits(canonical, dims, dtype, target, s)), tried[-1])
+
+
+def _chunks(choices: dict) -> tuple[int, ...]:
+    return (choices["chunk_size"],) if "chunk_size" in choices else (32, 16)
+
+
+def _training(canonical, dims, dtype, target, chunk: int, choices: dict) -> TrainingSchedule:
+    shared = {f: v for f, v in choices.items() if f in vars(Schedule())}
+    forward = default_schedule(canonical, dims, dtype, target, **{**shared, "chunk_size": chunk})
+    wide = target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128
+    short = {"segment": 1, "gradient_threads": 64} if chunk == 16 else {}
+    return TrainingSchedule(**vars(forward), reverse_v_tile=128 if wide else 64, **short).replace(**choices)
+
+
+@cache
+def _adjoint(canonical: Canonical):
+    return adjoint(chunk_form(canonical))
+
+
+def fits(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, schedule: TrainingSchedule) -> bool:
+    """Whether the gradients kernel has the shared memory it needs, by the tile IR's count and a margin for packing."""
+    backward = _adjoint(canonical)
+    workspace = Workspace(backward.forward, schedule.chunk_size, dims, dtype)
+    dtypes = {a.name: dtype if a.per_token else "float32" for a in canonical.arguments}
+    try:
+        kernel = lower_gradients(backward, workspace, schedule, dtypes)
+    except ScheduleError:  # said again, to the user, when this schedule is lowered
+        return False
+    return kernel.shared_bytes * PACKING <= target.shared_bytes
 
 
 def chunk_size(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> int:

@@ -77,6 +77,7 @@ class TrainingSchedule(Schedule):
     """
 
     keep: Keep = Keep.STATES
+    reverse_v_tile: int = 64  # value channels that a block of the reverse scan holds, by twice as many threads
     segment: int = 8  # chunks that a block of the gradients kernel takes
     gradient_threads: int = 256
     gradients_skeleton: str = "gradients"

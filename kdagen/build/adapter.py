@@ -21,6 +21,8 @@ from kdagen.target import Target
 
 # The last of the passes that give the roles of a kernel (explicit WSSchedule or automatic) their own warps.
 SPECIALISING_PASS = "tl.ProducerConsumerWarpSpecialized"
+# Attributes of a generated program, and TileLang's option for each
+OPTIONS = {"merge_shared_memory": "tl.enable_aggressive_shared_memory_merge", "no_wgmma": "tl.disable_wgmma"}
 DIMS = ("x", "y", "z")
 _quiet_lock = threading.RLock()
 
@@ -96,8 +98,7 @@ def lower(prim_func, target: Target) -> Lowered:
 
 def _config(prim_func) -> dict:
     """Options of TileLang's passes that a generated program asks for."""
-    merge = (prim_func.attrs or {}).get("merge_shared_memory")
-    return {"tl.enable_aggressive_shared_memory_merge": True} if merge == "aggressive" else {}
+    return {option: True for name, option in OPTIONS.items() if name in (prim_func.attrs or {})}
 
 
 def specialised(prim_func, target: Target):

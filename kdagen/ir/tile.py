@@ -130,6 +130,7 @@ class Kernel:
     chunk_size: int = 0
     segment: int = 1  # chunks that a block of a gradients kernel takes
     merged: bool = False  # whether shared buffers of one chunk may take each other's places, as their uses allow
+    wgmma: bool = True  # whether products may use it, where the target has it
 
     @property
     def statements(self) -> tuple[Statement, ...]:
@@ -146,6 +147,11 @@ class Kernel:
             return max(sum(b.bytes for b in tiles) for tiles in self.in_use())
         staged = {base(s.dst) for s in self.loads if isinstance(s, Copy)}
         return sum(b.bytes * (self.stages if b.name in staged else 1) for b in self.buffers if b.scope == "shared")
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What the compiler is told of a program beside its text."""
+        return ("merge_shared_memory",) * self.merged + ("no_wgmma",) * (not self.wgmma)
 
     def in_use(self) -> Iterator[list[Buffer]]:
         """The shared buffers in use at each statement of a chunk: from the first that touches one to the last."""

@@ -30,7 +30,7 @@ def lower(
     workspace = Workspace(program, schedule.chunk_size, dims, dtype)
     arguments = argument_buffers(program.canonical, dims, dtypes)
     kernels = [lower_prepare(program, workspace, schedule, dtypes), lower_scan(program, workspace, schedule, arguments)]
-    _check_prepare(kernels[0], target)
+    check_products(kernels[0], target, "prepare_threads")
     if schedule.output == "split":
         kernels.append(lower_output(program, workspace, schedule, arguments))
     doc = describe(program.canonical, dims, dtype, schedule)
@@ -76,12 +76,13 @@ def _check_scan(schedule: Schedule, target: Target) -> None:
         raise ScheduleError(f"output '{schedule.output}': expected 'fused' or 'split'")
 
 
-def _check_prepare(kernel: Kernel, target: Target) -> None:
+def check_products(kernel: Kernel, target: Target, field: str) -> None:
+    """Refuses a kernel whose threads, a field of the schedule, cannot share its products."""
     for gemm in (s for s in kernel.body if isinstance(s, Gemm)):
         rows, cols, _ = gemm.size
-        if not divides(rows, cols, kernel.threads, target):
+        if not divides(rows, cols, kernel.threads, target, kernel.wgmma):
             raise ScheduleError(
-                f"prepare_threads {kernel.threads}: its {kernel.threads // 32} warps cannot share a product of "
+                f"{field} {kernel.threads}: its {kernel.threads // 32} warps cannot share a product of "
                 f"{rows} x {cols} evenly on {target.name}: expected 64"
             )
 

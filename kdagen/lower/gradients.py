@@ -45,6 +45,7 @@ from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm, TrainingSchedule
 
 STATE_ELEMENTS = 128 * 128  # of a state's cotangent, which a block keeps in registers
+FRAGMENT = 64  # registers a thread may give to terms of a sum
 
 
 def lower_gradients(
@@ -62,9 +63,8 @@ def lower_gradients(
     name, used = adjoint.forward.canonical.name, set()
     for statement in lowering.block.statements:
         used |= tile_reads(statement) | tile_writes(statement)
-    whole = (("i", v), ("j", k))
     end = f"T.cast({END}[b, h, segment + 1, i, j], 'float32')"
-    start = Map(whole, (("d_S_f[i, j]", end),), eq="the state's cotangent at the segment's end")
+    start = Map((("i", v), ("j", k)), (("d_S_f[i, j]", end),), eq="the state's cotangent at the segment's end")
     inputs = [b for b in lowering.inputs() if b.name in used | {END}]
     return Kernel(
         name=f"{name}_gradients",
@@ -75,7 +75,7 @@ def lower_gradients(
         stages=1,
         buffers=(*inputs, *results, *lowering.block.buffers.values()),
         loads=(),
-        before=(start,),
+        before=(start,) if lowering.carries else (),
         body=tuple(lowering.block.statements),
         stores=(),
         chunk_size=schedule.chunk_size,
@@ -97,7 +97,7 @@ class Gradients(Prepare):
         self.tiles: dict[str, str] = {}  # values that lie in the operand dtype in shared memory, as products need them
         self.formed: dict = {}  # operands of each Gram
         self.state, self.d_next, self.d_state = adjoint.forward.state, adjoint.d_next_state, adjoint.d_state
-        self.written = {value for _, value in adjoint.results if value is not None}
+        self.carries = schedule.segment > 1  # else a chunk's cotangent comes from the reverse scan each time
         self.handlers = {
             Load: self.load, TensorMap: self.map, RowSum: self.sums, ColSum: self.sums, Spread: self.spread,
             GramAdjoint: self.gram_adjoint, Interleave: self.interleave, Deinterleave: self.deinterleave,
@@ -135,13 +135,13 @@ class Gradients(Prepare):
     def run(self) -> None:
         """All statements of a chunk: the state's two sides, every op, the gradients, and the cotangent's next step."""
         v, k = self.dims["V"], self.dims["K"]
-        self.block.fragment("d_S", v, k)
         if any(self.state in reads(op) for op in self.ops):
             tile = self.block.shared(self.state.name, v, k, dtype=self.dtype)
             self.block.add(Copy(tile, f"{self.state.name}_w[b, h, n, 0:{v}, 0:{k}]", eq="the state before the chunk"))
             self.define_state(self.state, tile)
         tile = self.block.shared(self.d_next.name, v, k, dtype=self.dtype)
-        self.block.add(Copy(tile, "d_S_f", eq="the cotangent of the state after the chunk"))
+        after = self.block.fragment("d_S", v, k) if self.carries else f"{END}[b, h, segment + 1, 0:{v}, 0:{k}]"
+        self.block.add(Copy(tile, after, eq="the cotangent of the state after the chunk"))
         self.define_state(self.d_next, tile)
         if any(self.adjoint.d_out in reads(op) for op in self.ops):
             self.load_values("d_o_in", self.adjoint.d_out, "cotangent of the output")
@@ -159,7 +159,7 @@ class Gradients(Prepare):
     def order(self) -> tuple:
         """Every op after its operands; once the reverse scan's are done, those first that free most tiles."""
         reverse = [op for op in self.adjoint.reverse if op not in self.steps]
-        later = (*self.steps, *self.adjoint.gradients)
+        later = (*(self.steps if self.carries else ()), *self.adjoint.gradients)
         before, given = (*self.adjoint.recompute, *reverse), (self.state, self.d_next, self.adjoint.d_out)
         return (*before, *least_in_use(later, before, self.tile_bytes, given))
 
@@ -232,12 +232,9 @@ class Gradients(Prepare):
             entry = self.access[op.add.name]("i", "j")
             self.block.add(Map((("i", shape[0]), ("j", shape[1])), ((f"{acc}[i, j]", entry),), eq=op.add.name))
         self.products(op, acc, clear=op.add is None)
-        as_operand = op.out.dims[0] != op.out.dims[1] or not self.elementwise(op.out)
-        tile = self.block.shared(op.out.name, *shape, dtype=self.dtype if as_operand else "float32")
+        tile = self.tiles[op.out.name] = self.block.shared(op.out.name, *shape, dtype=self.dtype)
         self.block.add(Copy(tile, acc))
-        if as_operand:
-            self.tiles[op.out.name] = tile
-        self.define(op.out, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')" if as_operand else f"{tile}[{i}, {j}]")
+        self.define(op.out, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')")
 
     def products(self, op: MatMul, acc: str, clear: bool) -> None:
         """The terms of a MatMul, added up in `acc`; K x V operands and results lie transposed."""
@@ -253,11 +250,6 @@ class Gradients(Prepare):
 
     def lies_turned(self, value: Value) -> bool:
         return value.dims == ("K", "V")
-
-    def elementwise(self, value: Value) -> bool:
-        """Whether anything but a product reads a value."""
-        others = (op for op in self.ops if not isinstance(op, MatMul))
-        return value in self.written or any(value in reads(op) for op in others)
 
     def step(self, op) -> None:
         """The state's cotangent before the chunk, in place: decayed, then the products added."""
@@ -286,6 +278,9 @@ class Gradients(Prepare):
             shape, entry, rows = (self.dims["V"], self.dims["K"]), read("j", "i"), isinstance(op, ColSum)
         else:
             shape, entry, rows = tuple(map(self.workspace.size, dims)), read("i", "j"), isinstance(op, RowSum)
+        if not rows and math.prod(shape) > FRAGMENT * self.schedule.gradient_threads:
+            self.sum_serially(op, shape, entry)
+            return
         terms = self.block.fragment(f"{op.out.name}_terms", *shape)
         total = self.block.fragment(f"{op.out.name}_sum", shape[0] if rows else shape[1])
         self.block.add(Map(tuple(zip("ij", shape)), ((f"{terms}[i, j]", entry),)))
@@ -293,6 +288,15 @@ class Gradients(Prepare):
         kept = self.block.shared(op.out.name, *(self.block.buffers[total].shape))
         self.block.add(Copy(kept, total))
         self.define(op.out, lambda *index: f"{kept}[{index[0] if index else 0}]")
+
+    def sum_serially(self, op: RowSum | ColSum, shape: tuple[int, ...], entry: str) -> None:
+        """Column sums of what few threads cannot hold in registers."""
+        total, columns = self.block.shared(op.out.name, shape[1]), (("j", shape[1]),)
+        self.block.add(
+            Map(columns, ((f"{total}[j]", "0.0"),)),
+            Map(columns, ((f"{total}[j]", f"{total}[j] + {entry}"),), serial=("i", 0, shape[0]), eq=op.eq),
+        )
+        self.define(op.out, lambda *index: f"{total}[{index[0]}]")
 
     def spread(self, op: Spread) -> None:
         """In place on the tile of what is added to, which nothing else reads; a tile of zeros where there is none."""

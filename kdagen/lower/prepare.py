@@ -69,6 +69,7 @@ def lower_prepare(program: Program, workspace: Workspace, schedule: Schedule, dt
         body=tuple(lowering.block.statements),
         stores=(),
         chunk_size=schedule.chunk_size,
+        wgmma=schedule.decay != DecayForm.TREE,  # whose many small products wait for each other
     )
 
 
