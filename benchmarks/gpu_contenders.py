@@ -1,7 +1,7 @@
-"""What gpu_forward.py times: kdagen's built kernels, and flash-linear-attention's where it is installed.
+"""What gpu.py times: kdagen's built kernels, and flash-linear-attention's functions where it is installed.
 
-Each contender takes one set of inputs, a dict of tensors by name, and computes the same recurrence; each is checked
-against the float64 recurrence before it is timed.
+Here are their tensors and bytes, alike in inference and in training; what is called, and how it is checked, differs:
+gpu_inference.py, gpu_training.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pathlib import Path
 from kdagen import zoo
 from kdagen.errors import ArtefactError
 from kdagen.ir.canonical_json import from_json
-from kdagen.reference import recurrence_reference
-from kdagen.runtime.loader import ALLOCATED, LoadedOp
+from kdagen.runtime.loader import ALLOCATED, ZERO, LoadedOp, counts
 from kdagen.runtime.package import BuiltOp
 
 DEVICE = "cuda"
@@ -76,14 +75,14 @@ def peer(name: str) -> Peer | None:
     return PEERS.get(name) if importlib.util.find_spec("fla") else None
 
 
-def built(folders: list[Path], name: str) -> dict[str, LoadedOp]:
+def built(folders: list[Path], name: str, training: bool = False) -> dict[str, LoadedOp]:
     """Kernels of an entry by the label of what they were built with, in all folders that have some."""
     found = {}
     for package in packages(folders):
         if (package / name).is_dir():
-            variants = BuiltOp(package / name).variants
-            more = {v.folder.name: v for v in variants} if len(variants) > 1 else {"": variants[0]}
-            found |= {f"{package.name} {suffix}".strip(): v for suffix, v in more.items()}
+            variants = [v for v in BuiltOp(package / name).variants if v.training == training]
+            several = len(variants) > 1
+            found |= {f"{package.name} {v.folder.name}" if several else package.name: v for v in variants}
     return found
 
 
@@ -126,51 +125,83 @@ def on_gpu(tensors: dict) -> dict:
 
 
 def with_results(kernels: LoadedOp, given: dict) -> dict:
-    """The arguments with a zero initial state, workspaces and results, so that a launch allocates nothing."""
+    """The arguments with zero states and cotangents, workspaces and results, so that a launch allocates nothing."""
     import torch
 
     dims, made = kernels.dims(given), dict(given)
     for name, spec in kernels.plan["tensors"].items():
-        if spec["role"] in (*ALLOCATED, "initial_state"):
+        if spec["role"] in (*ALLOCATED, *ZERO):
             made[name] = torch.zeros(kernels.shape(name, dims), dtype=getattr(torch, spec["dtype"]), device=DEVICE)
     return made
 
 
-def kernel_calls(kernels: LoadedOp) -> dict[str, Callable]:
-    """Each kernel by itself, by the family that it is of."""
+def short(kernels: LoadedOp, name: str) -> str:
+    """A kernel's name without its op's: two of one family, such as scans, are told apart."""
+    return name.removeprefix(f"{kernels.plan['name']}_")
+
+
+def kernel_calls(kernels: LoadedOp, label: str) -> dict[str, Callable]:
+    """Each kernel by itself, by its short name, on a set of inputs that has its tensors under `label`."""
+    functions = kernels.functions()
 
     def alone(launch: dict) -> Callable:
-        function = kernels.functions()[launch["name"]]
-        return lambda given: function(*(given[name] for name in launch["params"]))
+        function = functions[launch["name"]]
+        return lambda given: function(*(given[label][name] for name in launch["params"]))
 
-    families = {k["name"]: k["family"] for k in kernels.manifest["kernels"]}
-    return {families[launch["name"]]: alone(launch) for launch in kernels.plan["kernels"]}
+    return {short(kernels, launch["name"]): alone(launch) for launch in kernels.plan["kernels"]}
+
+
+def pass_call(kernels: LoadedOp, label: str, which: str) -> Callable:
+    """The kernels of a pass, one after the other."""
+    alone = kernel_calls(kernels, label)
+    launches = [alone[short(kernels, launch["name"])] for launch in kernels.passes[which]]
+    return lambda given: [launch(given) for launch in launches]
+
+
+def called(kernels: LoadedOp) -> Callable:
+    """The op that people call, of the folder that these kernels are in, on arguments by name."""
+    op, names = BuiltOp(kernels.folder.parent), kernels.plan["arguments"]
+    return lambda tensors: op(*(tensors[n] for n in names), output_final_state=True)
 
 
 def tensor_bytes(kernels: LoadedOp, shape: tuple[int, int, int], *roles: str) -> int:
     """Bytes of all tensors of these roles, for (B, T, H)."""
     batch, tokens, heads = shape
     dims = {**kernels.plan["dims"], "B": batch, "T": tokens, "H": heads}
-    dims["NC"] = -(-tokens // kernels.plan["chunk_size"])
+    dims |= counts(tokens, kernels.plan["chunk_size"], kernels.plan["schedule"])
     specs = [spec for spec in kernels.plan["tensors"].values() if spec["role"] in roles]
     return sum(math.prod(kernels.shape(spec["name"], dims)) * BYTES[spec["dtype"]] for spec in specs)
 
 
-def floor_bytes(kernels: LoadedOp, shape: tuple[int, int, int]) -> int:
-    """The least that any kernel could move: each argument read once, the output written once."""
-    return tensor_bytes(kernels, shape, "argument", "out")
+def least_bytes(kernels: LoadedOp, shape: tuple[int, int, int]) -> dict[str, int]:
+    """The least that any kernels could move: in inference, each argument read once and the output written once.
+
+    In training that is the forward's; the backward reads arguments and the output's cotangent, and writes gradients.
+    Parts are named as `modelled_bytes` names them; "" is the whole.
+    """
+    forward = tensor_bytes(kernels, shape, "argument", "out")
+    if not kernels.training:
+        return {"": forward}
+    backward = tensor_bytes(kernels, shape, "argument", "d_out", "gradient")
+    return {"": forward + backward, "forward": forward, "backward": backward}
 
 
 def modelled_bytes(kernels: LoadedOp, shape: tuple[int, int, int]) -> dict[str, float]:
-    """What each family moves by the manifest's model, states left out."""
-    families = {k["name"]: k["family"] for k in kernels.manifest["kernels"]}
-    return {families[k["name"]]: k["bytes_a_token"] * math.prod(shape) for k in kernels.plan["kernels"]}
+    """What each kernel, each pass and the whole moves by the manifest's model, states left out."""
+    moved = {k["name"]: k["bytes_a_token"] * math.prod(shape) for k in kernels.plan["kernels"]}
+    passes = {which: sum(moved[k["name"]] for k in launches) for which, launches in kernels.passes.items()}
+    parts = passes if kernels.training else {}
+    return {"": sum(passes.values()), **parts, **{short(kernels, name): n for name, n in moved.items()}}
 
 
-def error(name: str, found, given: dict) -> float:
-    """The larger relative error of output and final state against the recurrence, token by token in float64."""
-    expected = recurrence_reference(zoo.get(name), {n: x.cpu() for n, x in given.items()})
-    return worst([float((f.double().cpu() - e).norm() / e.norm()) for f, e in zip(found, expected)])
+def merged(errors: list[dict]) -> dict[str, tuple[float, float]]:
+    """The largest error of each result, with what it may be at most."""
+    return {name: (worst([found[name][0] for found in errors]), most) for name, (_, most) in errors[0].items()}
+
+
+def sound(errors: dict[str, tuple[float, float]]) -> bool:
+    """Whether there are errors, each at most what it may be (NaN is not)."""
+    return bool(errors) and all(error <= most for error, most in errors.values())
 
 
 def worst(errors: list[float]) -> float:

@@ -1,4 +1,7 @@
-"""What gpu_forward.py prints and writes: a plan of cases, figures of each contender, and tables of both."""
+"""What gpu.py prints and writes: a plan of cases, figures of each contender, and tables of both.
+
+A label is that of a contender, or, after a colon, of a part of its work: a pass, or one kernel.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from dataclasses import asdict, dataclass
 
 import gpu_contenders as contenders
 from rich.table import Table
+
+INFERENCE, TRAINING = "inference", "training"
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,8 @@ class Case:
     op: str
     shape: tuple[int, int, int]  # B, T, H
     kernels: dict
+    purpose: str = INFERENCE
+    gate: str = "mild"
 
     @property
     def first(self):
@@ -22,68 +29,72 @@ class Case:
         return next(iter(self.kernels.values()))
 
     @property
-    def floor_bytes(self) -> int:
-        return contenders.floor_bytes(self.first, self.shape)
+    def least_bytes(self) -> dict[str, int]:
+        """The least traffic by part."""
+        return contenders.least_bytes(self.first, self.shape)
 
     def __str__(self):
-        return f"{self.op}, B = {self.shape[0]}, T = {self.shape[1]}, H = {self.shape[2]}"
+        b, t, h = self.shape
+        return f"{self.op}, {self.purpose}, {self.gate} gates, B = {b}, T = {t}, H = {h}"
 
 
-def rows(case: Case, mode: str, times: dict, errors: dict, copy_rate: float) -> list[dict]:
-    """Figures of each contender, ready for JSON."""
-    peer = contenders.peer(case.op)
-    against = times.get(peer.label) if peer else None
-    modelled = _modelled(case)
-    floor_ms = 1e3 * case.floor_bytes / copy_rate
+def rows(case: Case, mode: str, times: dict, peaks: dict, errors: dict, copy_rate: float) -> list[dict]:
+    """Figures of each contender and part, ready for JSON; ratios are of the same part."""
+    peer, modelled, least = contenders.peer(case.op), _modelled(case), case.least_bytes
     found = []
     for label, t in times.items():
-        moved = modelled.get(label)
+        contender, _, part = label.partition(": ")
+        against = times.get(": ".join([peer.label, *filter(None, [part])])) if peer else None
+        moved, floor_ms = modelled.get(label), 1e3 * least[part] / copy_rate if part in least else None
+        wrong = errors.get(contender.removeprefix("kdagen "))
         found.append(
             {
                 "op": case.op,
                 **dict(zip("BTH", case.shape)),
+                "purpose": case.purpose,
+                "gate": case.gate,
                 "mode": mode,
-                "contender": label,
+                "contender": contender,
+                "part": part,
                 "ms": asdict(t),
-                "times_faster_than_fla": against.median / t.median if against and ":" not in label else None,
+                "times_faster_than_fla": against.median / t.median if against else None,
                 "floor_ms": floor_ms,
-                "of_floor": floor_ms / t.median if ":" not in label else None,
+                "of_floor": floor_ms / t.median if floor_ms else None,
                 "modelled_bytes": moved,
                 "bytes_a_second": moved / (t.median * 1e-3) if moved else None,
-                "error": errors.get(label.removeprefix("kdagen ")),
+                "of_copy": moved / (t.median * 1e-3) / copy_rate if moved else None,
+                "peak_bytes": peaks.get(label),
+                "error": contenders.worst([e for e, _ in wrong.values()]) if wrong else None,
             }
         )
     return found
 
 
 def _modelled(case: Case) -> dict[str, float]:
-    """Bytes by label, of whole ops and of single kernels."""
-    found = {}
-    for label, kernels in case.kernels.items():
-        parts = contenders.modelled_bytes(kernels, case.shape)
-        found[f"kdagen {label}"] = sum(parts.values())
-        found |= {f"kdagen {label}: {family}": moved for family, moved in parts.items()}
-    return found
+    """Bytes by label, of whole ops, of passes and of single kernels."""
+    parts = {label: contenders.modelled_bytes(kernels, case.shape) for label, kernels in case.kernels.items()}
+    joined = {(label, part): moved for label, found in parts.items() for part, moved in found.items()}
+    return {": ".join([f"kdagen {label}", *filter(None, [part])]): moved for (label, part), moved in joined.items()}
 
 
 def table(measured: list[dict]) -> Table:
-    """One line a contender."""
+    """One line a contender and part."""
     made = Table(box=None, pad_edge=False, title_justify="left")
-    for i, title in enumerate(
-        ("op", "B T H", "mode", "contender", "ms", "p25", "p75", "x FLA", "of floor", "GB/s", "error")
-    ):
-        made.add_column(title, justify="right" if i > 3 else "left", no_wrap=True)
+    titles = "op B,T,H for gate mode contender part ms p25 p75 xFLA floor copy GB/s peak,GB error"
+    for i, title in enumerate(titles.split()):
+        made.add_column(title.replace(",", " "), justify="right" if i > 6 else "left", no_wrap=True)
     for row in measured:
         ms = row["ms"]
         made.add_row(
             row["op"],
             f"{row['B']} {row['T']} {row['H']}",
-            row["mode"],
-            row["contender"],
+            *(row[k] for k in ("purpose", "gate", "mode", "contender", "part")),
             *(f"{ms[k]:.3f}" for k in ("median", "p25", "p75")),
             _or_blank(row["times_faster_than_fla"], "{:.2f}"),
             _or_blank(row["of_floor"], "{:.0%}"),
+            _or_blank(row["of_copy"], "{:.0%}"),
             _or_blank(row["bytes_a_second"] and row["bytes_a_second"] / 1e9, "{:.0f}"),
+            _or_blank(row["peak_bytes"] and row["peak_bytes"] / 1e9, "{:.2f}"),
             _or_blank(row["error"], "{:.1e}"),
         )
     return made
@@ -96,21 +107,20 @@ def _or_blank(value, form: str) -> str:
 def plan_table(todo: list[Case], modes, rounds: int) -> Table:
     """What would be measured."""
     made = Table(box=None, pad_edge=False)
-    for i, title in enumerate(
-        ("op", "B T H", "kernels", "decay, chunk", "bytes a token a head", "least", "GB", "beside", "calls")
-    ):
-        made.add_column(title, justify="right" if i > 3 and i != 7 else "left", no_wrap=True)
+    titles = ("op", "B T H", "for", "gate", "kernels", "decay, chunk", "bytes a token a head", "least", "GB", "beside")
+    for i, title in enumerate((*titles, "calls")):
+        made.add_column(title, justify="right" if i in (6, 7, 8, 10) else "left", no_wrap=True)
     for case in todo:
         tokens = case.shape[0] * case.shape[1] * case.shape[2]
         peer = contenders.PEERS.get(case.op)
         for label, kernels in case.kernels.items():
             schedule = kernels.plan["schedule"]
-            moved = sum(contenders.modelled_bytes(kernels, case.shape).values()) / tokens
-            memory = contenders.tensor_bytes(kernels, case.shape, "argument", *contenders.ALLOCATED)
+            moved = contenders.modelled_bytes(kernels, case.shape)[""] / tokens
+            memory = contenders.tensor_bytes(kernels, case.shape, "argument", "d_out", *contenders.ALLOCATED)
             made.add_row(
-                case.op, " ".join(map(str, case.shape)), label,
+                case.op, " ".join(map(str, case.shape)), case.purpose, case.gate, label,
                 f"{schedule.get('decay', '')}, {kernels.plan['chunk_size']}",
-                f"{moved:,.0f}", f"{case.floor_bytes / tokens:,.0f}", f"{memory / 1e9:.2f}",
+                f"{moved:,.0f}", f"{case.least_bytes[''] / tokens:,.0f}", f"{memory / 1e9:.2f}",
                 peer.label if peer else "", str(rounds * len(modes)),
             )  # fmt: skip
     return made

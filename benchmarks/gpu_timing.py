@@ -1,6 +1,6 @@
 """Timing on one GPU: contenders taken in turn, in one process, on inputs that the L2 cache does not hold.
 
-Knows nothing of recurrences: a contender is a callable that takes one set of inputs.
+Knows nothing of recurrences: a contender is a callable that takes one set of inputs, or a Call.
 """
 
 from __future__ import annotations
@@ -26,6 +26,18 @@ SMI = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
 @dataclass(frozen=True)
+class Call:
+    """What is timed, perhaps after what is not: `run` takes what `before` makes of a set of inputs."""
+
+    run: Callable
+    before: Callable = staticmethod(lambda given: given)
+    ahead: int = AHEAD  # for a host that takes long to issue it: more
+
+    def __call__(self, given):
+        return self.run(self.before(given))
+
+
+@dataclass(frozen=True)
 class Times:
     """Milliseconds a call."""
 
@@ -43,7 +55,7 @@ def sets_needed(bytes_a_set: int, l2_bytes: int) -> int:
     )
 
 
-def measure(contenders: dict[str, Callable], sets: Sequence, calls: int, mode: str) -> dict[str, Times]:
+def measure(contenders: dict[str, Callable | Call], sets: Sequence, calls: int, mode: str) -> dict[str, Times]:
     """Times of each contender, `calls` each: in every round each has one call, and the order moves on by one."""
     import torch
 
@@ -64,13 +76,15 @@ def measure(contenders: dict[str, Callable], sets: Sequence, calls: int, mode: s
 def _timed(call: Callable, given, mode: str) -> tuple:
     import torch
 
+    call = call if isinstance(call, Call) else Call(call)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    made = call.before(given)
     if mode == "eager":
         torch.cuda.synchronize()
     else:
-        torch.cuda._sleep(AHEAD)
+        torch.cuda._sleep(call.ahead)
     start.record()
-    call(given)
+    call.run(made)
     end.record()
     return start, end
 
@@ -90,6 +104,20 @@ def _replays(call: Callable, sets: Sequence) -> Callable:
 def _times(ms: list[float]) -> Times:
     quarters = statistics.quantiles(ms, n=4) if len(ms) > 1 else [ms[0]] * 3
     return Times(statistics.median(ms), quarters[0], quarters[2], min(ms), len(ms))
+
+
+def peak_bytes(call: Callable, given) -> int:
+    """The most memory that a call has at once, beyond what was there before it; not its first, which may tune."""
+    import torch
+
+    call(given)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(given)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def ceilings(calls: int = 20) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
     python benchmarks/pack_for_device.py --out device_ops
     # carry kdagen's checkout and device_ops there, then:
-    PYTHONPATH=. python benchmarks/gpu_forward.py device_ops
+    PYTHONPATH=. python benchmarks/gpu.py device_ops
 
-Each sub-folder is a package as `kdagen build` writes it: `default`, and one for each variant of the schedule.
+Each sub-folder is a package as `kdagen build` writes it: `default`, with kernels of inference and of training; one for
+each variant of inference's schedule; and, for training, one for each other choice of what a forward keeps.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from kdagen import zoo
 from kdagen.build.builder import build
 from kdagen.build.progress import Progress, summary
 from kdagen.errors import ScheduleError
-from kdagen.pipeline import compile_op
+from kdagen.pipeline import compile_op, compile_training
+from kdagen.schedule import Keep
 
 MIB = 1 << 20
+TRAINED = zoo.names()
+EVERY_POLICY = ("kda",)
 VARIED = ("kda", "kda_bounded", "gated_deltanet", "gla", "dplr")
 VARIANTS = {
     "chunk16": {"chunk_size": 16},
@@ -34,18 +38,31 @@ VARIANTS = {
 
 
 def sources(arch: str, ops: list[str], varied: list[str], variants: list[str]) -> dict[str, list]:
-    """What to build by package: defaults of all ops, then what differs from them; what cannot be is left out."""
+    """What to build of inference by package: defaults of all ops, then what differs from them, where it can be."""
     made = {"default": [compile_op(zoo.get(op), arch=arch) for op in ops]}
     for name in variants:
-        for op, default in ((s.name, s) for s in made["default"] if s.name in varied):
-            try:
-                source = compile_op(zoo.get(op), arch=arch, schedule=VARIANTS[name])
-            except ScheduleError as error:
-                click.echo(f"{name} of {op} left out: {error}")
-                continue
-            if source.kernels != default.kernels:
+        for default in (s for s in made["default"] if s.name in varied):
+            source = _attempt(name, compile_op, default.name, arch, VARIANTS[name])
+            if source and source.kernels != default.kernels:
                 made.setdefault(name, []).append(source)
     return made
+
+
+def training_sources(arch: str, ops: list[str], every_policy: list[str]) -> dict[str, list]:
+    """The same of training: the default keeps states; what keeps something else has a package of its own."""
+    made = {"default": [_attempt("training", compile_training, op, arch, {}) for op in ops]}
+    for keep in (k.value for k in Keep if k != Keep.STATES):
+        name, some = f"keep_{keep}", [op for op in ops if op in every_policy]
+        made[name] = [_attempt(name, compile_training, op, arch, {"keep": keep}) for op in some]
+    return {package: [s for s in found if s] for package, found in made.items() if any(found)}
+
+
+def _attempt(what: str, make, op: str, arch: str, schedule: dict):
+    """A source; None where no such schedule fits."""
+    try:
+        return make(zoo.get(op), arch=arch, schedule=schedule)
+    except ScheduleError as error:
+        click.echo(f"{what} of {op} left out: {error}")
 
 
 def build_each(found: list, out: Path, jobs: int | None) -> list:
@@ -64,26 +81,42 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def words(name: str, default, text: str):
+    """An option that takes words."""
+    return click.option(
+        name, default=",".join(default), callback=lambda _, __, v: [w for w in v.split(",") if w], help=text
+    )
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("device_ops"), show_default=True)
 @click.option("--arch", default="sm90", show_default=True)
-@click.option("--ops", default=",".join(zoo.names()), help="Entries of the zoo.  [default: all]")
-@click.option(
-    "--varied", default=",".join(VARIED), show_default=True, help="Those that are built in every variant too."
-)
-@click.option("--variants", default=",".join(VARIANTS), show_default=True)
+@words("--ops", zoo.names(), "Entries of the zoo, comma-separated.  [default: all]")
+@words("--varied", VARIED, f"Those built for inference in every variant too.  [default: {','.join(VARIED)}]")
+@words("--variants", VARIANTS, f"Variants of inference's schedule.  [default: {','.join(VARIANTS)}]")
+@words("--training", TRAINED, "Those of --ops that are built for training too, keeping states.  [default: all]")
+@words(
+    "--every-policy", EVERY_POLICY,
+    "Those of --training also built to keep the inputs alone, and all: a few more kernels each, for what they share is "
+    f"compiled once.  [default: {','.join(EVERY_POLICY)}]",
+)  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at once.  [default: the number of cores]")
-@click.option("--limit", default=40, show_default=True, help="MiB that the folder may have.")
-def main(out: Path, arch: str, ops: str, varied: str, variants: str, jobs: int | None, limit: int) -> None:
-    """Build what benchmarks/gpu_forward.py and `pytest -m gpu` need on a GPU machine without a compiler."""
+@click.option("--limit", default=50, show_default=True, help="MiB that the folder may have.")
+def main(out: Path, arch: str, ops, varied, variants, training, every_policy, jobs: int | None, limit: int) -> None:
+    """Build what benchmarks/gpu.py and `pytest -m gpu` need on a GPU machine without a compiler.
+
+    Every op's kernels for training take a minute or two of one core to compile: narrow --training where that is long.
+    """
     started = time.perf_counter()
-    for package, found in sources(arch, ops.split(","), varied.split(","), variants.split(",")).items():
-        click.echo(f"{package}:\n{summary(build_each(found, out / package, jobs))}", nl=False)
+    training = [op for op in training if op in ops]
+    for kind in (sources(arch, ops, varied, variants), training_sources(arch, training, every_policy)):
+        for package, found in kind.items():
+            click.echo(f"{package}:\n{summary(build_each(found, out / package, jobs))}", nl=False)
     total = size(out) / MIB
     click.echo(f"{out}: {total:.1f} MiB in {time.perf_counter() - started:.0f} s")
     if total > limit:
         raise click.ClickException(
-            f"{out} has {total:.1f} MiB, expected at most {limit}: choose fewer --ops or --variants"
+            f"{out} has {total:.1f} MiB, expected at most {limit}: choose fewer --ops, --variants or --training"
         )
 
 

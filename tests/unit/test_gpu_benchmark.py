@@ -1,4 +1,4 @@
-"""benchmarks/gpu_forward.py without a GPU: what it reads of built folders, what it would do, how it reckons."""
+"""benchmarks/gpu.py without a GPU: what it reads of built folders, what it would do, checks and reckons."""
 
 import json
 import math
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import packages
 import pytest
+import simulated_gpu
 import torch
 from click.testing import CliRunner
 
 import kdagen as kg
-from kdagen.pipeline import compile_op
+from kdagen.pipeline import compile_op, compile_training
 from kdagen.runtime import loader
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -28,35 +29,63 @@ def on_path():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """As pack_for_device.py leaves it: Gated DeltaNet and linear attention, and the first in chunks of 16."""
+    """As pack_for_device.py leaves it: two ops, one of them in chunks of 16 too, and training in two policies."""
     place = tmp_path_factory.mktemp("packed")
     for name in ("gated_deltanet", "linear_attention"):
         packages.write(place / "default", compile_op(kg.load(name)), place)
+        packages.write(place / "default", compile_training(kg.load(name)), place)
     packages.write(place / "chunk16", compile_op(kg.load("gated_deltanet"), schedule={"chunk_size": 16}), place)
+    for name in ("gated_deltanet", "kda_softplus"):
+        keeping = compile_training(kg.load(name), schedule={"keep": "inputs"})
+        packages.write(place / "keep_inputs", keeping, place)
     return place
 
 
 def invoke(*words):
-    import gpu_forward
+    import gpu
 
-    return CliRunner().invoke(gpu_forward.main, [str(word) for word in words])
+    return CliRunner().invoke(gpu.main, [str(word) for word in words])
+
+
+def dry_run(folder, *words) -> list[list[str]]:
+    """The words of each line below the titles."""
+    result = invoke(folder, "--dry-run", *words)
+    assert result.exit_code == 0, result.output
+    title, *lines = [line.split() for line in result.output.splitlines() if line]
+    assert title[0] == "op"
+    return lines
 
 
 def test_a_dry_run_prints_what_would_be_measured(folder):
-    result = invoke(folder, "--dry-run", "--ops", "gated_deltanet", "--tokens", "8192,2048", "--heads", "12")
-    assert result.exit_code == 0, result.output
-    title, *lines = [line.split() for line in result.output.splitlines() if line]
-    assert title[0] == "op" and len(lines) == 5 and lines[-1][:2] == ["2", "cases;"]
-    assert [line[:5] for line in lines[:2]] == [
-        ["gated_deltanet", "1", "8192", "12", "chunk16"],
-        ["gated_deltanet", "1", "8192", "12", "default"],
+    words = ["--ops", "gated_deltanet", "--tokens", "8192,2048", "--heads", "12", "--gates", "mild"]
+    *lines, end = dry_run(folder, "--purpose", "inference", *words)
+    assert len(lines) == 4 and end[:2] == ["2", "cases;"]
+    assert [line[:7] for line in lines[:2]] == [
+        ["gated_deltanet", "1", "8192", "12", "inference", "mild", "chunk16"],
+        ["gated_deltanet", "1", "8192", "12", "inference", "mild", "default"],
     ]
-    assert all("1,028" in line and "chunk_gated_delta_rule" in line for line in lines[:4])  # 4 x 128 x 2 + 2 x 2 bytes
+    assert all("1,028" in line and "chunk_gated_delta_rule" in line for line in lines)  # 4 x 128 x 2 + 2 x 2 bytes
+
+
+def test_training_is_of_the_kernels_that_train(folder):
+    *lines, end = dry_run(folder, "--purpose", "training", "--ops", "gated_deltanet", "--tokens", "2048")
+    assert [line[4:7] for line in lines] == [
+        ["training", gate, label] for gate in ("mild", "bounded") for label in ("default", "keep_inputs")
+    ]
+    # the forward's 1,028; backward: q, k, v and d_o are read, d_q, d_k, d_v written, and 2 x 2 x 2 bytes of scalars
+    assert end[:2] == ["2", "cases;"] and all(f"{1028 + 7 * 256 + 8:,}" in line for line in lines)
+
+
+def test_both_purposes_are_measured_unless_one_is_chosen(folder):
+    *lines, _ = dry_run(folder, "--ops", "linear_attention", "--tokens", "64", "--gates", "mild")
+    assert [line[4] for line in lines] == ["inference", "training"]
 
 
 def test_ops_that_were_not_built_are_named(folder):
     result = invoke(folder, "--dry-run", "--ops", "gated_deltanet,kda")
-    assert result.exit_code == 1 and "not built: kda; `kdagen build --op NAME`" in result.output
+    assert result.exit_code == 1 and "not built for inference: kda; `kdagen build --op NAME`" in result.output
+    result = invoke(folder, "--dry-run", "--ops", "gla", "--purpose", "training")
+    assert "not built for training: gla" in result.output
 
 
 def test_a_folder_without_ops_is_refused(tmp_path):
@@ -69,17 +98,25 @@ def test_unknown_modes_are_refused(folder):
     assert result.exit_code == 2 and "fast: expected some of device, eager, graph" in result.output
 
 
+def test_graphs_are_for_inference(folder):
+    result = invoke(folder, "--dry-run", "--modes", "graph", "--ops", "linear_attention")
+    assert result.exit_code == 2 and "--modes graph is for inference" in result.output
+
+
 def test_without_a_gpu_it_says_so(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = invoke(folder, "--ops", "linear_attention")
     assert result.exit_code == 1 and "no GPU here: --dry-run shows" in result.output
 
 
+RIGHT = {"out": (2e-3, 5e-3)}
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A GPU on which every contender takes as many ms as its label has letters, and computes nothing."""
+    import gpu
     import gpu_contenders
-    import gpu_forward
     import gpu_timing
 
     def measure(calls, sets, rounds, mode):
@@ -91,15 +128,18 @@ def machine(monkeypatch):
     functions = lambda self: {  # noqa: E731
         k["name"]: lambda *tensors, name=k["name"]: launched.append((name, tensors)) for k in self.plan["kernels"]
     }
-    facts = {"gpu": "a GPU", "l2_bytes": 50 << 20, "state": {}}
+    facts = {"gpu": "a GPU", "l2_bytes": 0, "state": {}}
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_contenders, "error", lambda *_: 2e-3)
     monkeypatch.setattr(loader.LoadedOp, "functions", functions)
+    for work in gpu.WORK.values():
+        monkeypatch.setattr(work, "check_kernels", lambda *_: RIGHT)
+        monkeypatch.setattr(work, "check_peer", lambda *_: RIGHT)
     monkeypatch.setattr(gpu_timing, "measure", measure)
+    monkeypatch.setattr(gpu_timing, "peak_bytes", lambda call, given: 12345)
     monkeypatch.setattr(gpu_timing, "facts", lambda: facts)
     monkeypatch.setattr(gpu_timing, "ceilings", lambda: {"copy_bytes_a_second": 1e9, "bf16_flops_a_second": 1e12})
     monkeypatch.setattr(gpu_contenders, "peer", lambda name: Slow())
-    return gpu_forward, launched
+    return gpu, launched
 
 
 class Slow:
@@ -108,63 +148,212 @@ class Slow:
     label = "fla twenty letters .."
 
     def __call__(self, given):
-        return None
+        return 2 * given["v"], None
+
+
+def case(benchmark, folder, op: str, purpose: str, tokens: int = SHAPE[1], heads: int = SHAPE[2], gate: str = "mild"):
+    (only,) = benchmark.cases([folder], [purpose], [op], [gate], 1, [tokens], [heads], False)
+    return only
+
+
+def measured(benchmark, todo, out) -> dict:
+    """Rows of the JSON file by contender and part."""
+    benchmark.run(todo, ["device"], 7, 100.0, out)
+    return {(row["contender"], row["part"]): row for row in json.loads(out.read_text())["measured"]}
 
 
 def test_figures_are_ratios_of_one_run(folder, machine, tmp_path):
     benchmark, launched = machine
-    (case,) = benchmark.cases([folder], ["gated_deltanet"], 1, [SHAPE[1]], [SHAPE[2]], False)
-    out = tmp_path / "out.json"
-    benchmark.run([case], ["device"], 7, 100.0, out)
-    written = json.loads(out.read_text())
-    by_label = {row["contender"]: row for row in written["measured"]}
-    assert set(by_label) == {
-        f"kdagen {package}{part}" for package in ("chunk16", "default") for part in ("", ": prepare", ": scan")
-    } | {Slow.label}
-    row, tokens = by_label["kdagen default"], SHAPE[1] * SHAPE[2]
+    found = measured(benchmark, [case(benchmark, folder, "gated_deltanet", "inference")], tmp_path / "out.json")
+    parts = ("", "prepare", "scan")
+    assert set(found) == {(f"kdagen {k}", part) for k in ("chunk16", "default") for part in parts} | {(Slow.label, "")}
+    row, tokens = found["kdagen default", ""], SHAPE[1] * SHAPE[2]
     assert row["times_faster_than_fla"] == len(Slow.label) / len("kdagen default")
     assert row["floor_ms"] == pytest.approx(1e3 * 1028 * tokens / 1e9)
     assert row["of_floor"] == pytest.approx(row["floor_ms"] / len("kdagen default"))
     assert row["bytes_a_second"] == pytest.approx(row["modelled_bytes"] / (len("kdagen default") * 1e-3))
-    parts = [by_label[f"kdagen default: {part}"]["modelled_bytes"] for part in ("prepare", "scan")]
-    assert sum(parts) == row["modelled_bytes"] and row["error"] == 2e-3 and row["ms"]["calls"] == 7
-    assert by_label["kdagen default: scan"]["of_floor"] is None
+    assert row["of_copy"] == pytest.approx(row["bytes_a_second"] / 1e9)
+    assert sum(found["kdagen default", part]["modelled_bytes"] for part in parts[1:]) == row["modelled_bytes"]
+    assert row["error"] == 2e-3 and row["ms"]["calls"] == 7
+    scan = found["kdagen default", "scan"]
+    assert scan["of_floor"] is None and scan["times_faster_than_fla"] is None
     name, tensors = launched[-1]
     assert name == "gated_deltanet_scan" and {tuple(t.shape) for t in tensors} >= {(1, 600, 3, 128)}
 
 
+def test_training_is_forward_and_backward(folder, machine, tmp_path):
+    benchmark, launched = machine
+    todo = [case(benchmark, folder, "gated_deltanet", "training", gate="bounded")]
+    found = measured(benchmark, todo, tmp_path / "out.json")
+    passes = ("", "forward", "backward")
+    kernels = {"default": ["prepare", "scan", "reverse", "gradients"]}
+    kernels["keep_inputs"] = [*kernels["default"], "replay"]
+    expected = {(f"kdagen {k}", part) for k, families in kernels.items() for part in (*passes, *families)}
+    assert set(found) == expected | {(Slow.label, part) for part in passes}
+    for part in passes:
+        row = found["kdagen keep_inputs", part]
+        both = (": ".join(filter(None, (label, part))) for label in (Slow.label, "kdagen keep_inputs"))
+        assert row["times_faster_than_fla"] == pytest.approx(len(next(both)) / len(next(both)))
+        assert row["purpose"] == "training" and row["gate"] == "bounded"
+    whole, forward, backward = (found["kdagen keep_inputs", part] for part in passes)
+    assert whole["peak_bytes"] == found[Slow.label, ""]["peak_bytes"] == 12345 and forward["peak_bytes"] is None
+    for figure in ("modelled_bytes", "floor_ms"):
+        assert whole[figure] == pytest.approx(forward[figure] + backward[figure])
+    moved = {family: found["kdagen keep_inputs", family]["modelled_bytes"] for family in kernels["keep_inputs"]}
+    assert backward["modelled_bytes"] == pytest.approx(sum(moved.values()) - moved["scan"])  # prepare is in both
+    names = [name.removeprefix("gated_deltanet_") for name, _ in launched]
+    assert names[:6] == ["prepare", "scan", "prepare", "reverse", "gradients", "prepare"]  # whole, then the forward
+
+
+def test_a_parameter_that_is_a_sum_over_sequences(folder, machine, tmp_path):
+    benchmark, _ = machine
+    found = measured(benchmark, [case(benchmark, folder, "kda_softplus", "training", 64)], tmp_path / "out.json")
+    assert found["kdagen keep_inputs", "backward"]["times_faster_than_fla"]
+
+
+def test_ops_as_people_call_them_go_through_autograd(folder, machine, monkeypatch):
+    """Contender and peer alike: gradients of all arguments that the output depends on, forward outside the clock."""
+    import gpu_training
+
+    benchmark, _ = machine
+    only = case(benchmark, folder, "gated_deltanet", "training", 20, 1)
+    monkeypatch.setattr(gpu_training.contenders, "called", lambda kernels: Slow())
+    calls = gpu_training.calls(only, "eager", Slow())
+    labels = ("kdagen default", "kdagen keep_inputs", Slow.label)
+    assert list(calls) == [label + part for label in labels for part in ("", ": forward", ": backward")]
+    (given,) = benchmark.inputs(only, 0)
+    for label in labels:
+        d_q, d_k, d_v, *_ = calls[label](given)
+        assert d_q is None and torch.equal(d_v, 2 * given["d_out"])
+        made = calls[f"{label}: backward"].before(given)
+        assert made[1].grad_fn and torch.equal(calls[f"{label}: backward"].run(made)[2], d_v)
+
+
 def test_a_run_out_of_time_says_what_is_missing(folder, machine, tmp_path):
     benchmark, _ = machine
-    todo = benchmark.cases([folder], ["linear_attention"], 1, [64], [1], False)
+    todo = [case(benchmark, folder, "linear_attention", "inference", 64, 1)]
     assert benchmark.run(todo, ["device"], 1, -1.0, tmp_path / "out.json")[0] == []
-    assert json.loads((tmp_path / "out.json").read_text())["not_reached"] == ["linear_attention, B = 1, T = 64, H = 1"]
+    left = json.loads((tmp_path / "out.json").read_text())["not_reached"]
+    assert left == ["linear_attention, inference, mild gates, B = 1, T = 64, H = 1"]
 
 
-def test_kernels_that_are_off_are_not_timed_and_are_named(folder, machine, monkeypatch, tmp_path):
+def test_a_case_that_is_too_large_is_left_out(folder, machine, monkeypatch, tmp_path):
+    import gpu_timing
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    benchmark, _ = machine
+    monkeypatch.setattr(gpu_timing, "measure", full)
+    todo = [case(benchmark, folder, "linear_attention", p, 64, 1) for p in ("inference", "training")]
+    benchmark.run(todo, ["device"], 1, 100.0, tmp_path / "out.json")
+    left = json.loads((tmp_path / "out.json").read_text())["not_reached"]
+    assert len(left) == 2 and left[1].endswith("H = 1: CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("purpose", ["inference", "training"])
+def test_kernels_that_are_off_are_not_timed_and_are_named(folder, machine, monkeypatch, tmp_path, purpose):
     benchmark, _ = machine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    errors = iter([1e-3, float("nan"), 1e-3, 1e-3, 1e-3])  # chunk16 (both gates), default (both), the peer
-    monkeypatch.setattr(benchmark.contenders, "error", lambda *_: next(errors))
+    other = {"inference": "chunk16", "training": "keep_inputs"}[purpose]
+    off = lambda op, kernels, given: {"out": (1e-3, 5e-3), "d_q": (math.nan, 8e-3)}  # noqa: E731
+    check = lambda op, kernels, given: (off if kernels.folder.parts[-3] == other else lambda *_: RIGHT)(  # noqa: E731
+        op, kernels, given
+    )
+    monkeypatch.setattr(benchmark.WORK[purpose], "check_kernels", check)
     words = ["--ops", "gated_deltanet", "--tokens", "64", "--heads", "1", "--out", tmp_path / "out.json"]
-    result = invoke(folder, *words)
-    assert "Error: off against float64, so not timed: gated_deltanet chunk16: nan" in result.output
+    result = invoke(folder, "--purpose", purpose, *words)
+    assert f"Error: off against float64, so not timed: gated_deltanet {other} ({purpose}): d_q nan" in result.output
     assert result.exit_code == 1
     timed = {row["contender"] for row in json.loads((tmp_path / "out.json").read_text())["measured"]}
-    assert "kdagen default" in timed and "kdagen chunk16" not in timed
+    assert "kdagen default" in timed and f"kdagen {other}" not in timed
 
 
-def test_a_launch_that_fails_is_not_timed(folder, machine, monkeypatch, capsys):
+@pytest.mark.parametrize("purpose", ["inference", "training"])
+def test_a_launch_that_fails_is_not_timed(folder, machine, monkeypatch, capsys, purpose):
     benchmark, _ = machine
-    (case,) = benchmark.cases([folder], ["linear_attention"], 1, [64], [1], False)
+    only = case(benchmark, folder, "linear_attention", purpose, 64, 1)
 
-    def fail(*tensors):
-        raise RuntimeError("linear_attention_scan: cuLaunchKernel failed")
+    def fail(*_):
+        raise benchmark.LaunchError("linear_attention_scan: cuLaunchKernel failed")
 
-    functions = lambda self: {k["name"]: fail for k in self.plan["kernels"]}  # noqa: E731
-    monkeypatch.setattr(loader.LoadedOp, "functions", functions)
-    errors = benchmark.check(case.op, case.kernels)
-    assert math.isnan(errors["default"]) and not benchmark.sound(case, errors).kernels
+    monkeypatch.setattr(benchmark.WORK[purpose], "check_kernels", fail)
+    errors = benchmark.check(purpose, only.op, only.kernels)
+    assert math.isnan(errors["default"]["launch"][0]) and not benchmark.sound(only, errors).kernels
     assert "linear_attention default: linear_attention_scan: cuLaunchKernel failed" in capsys.readouterr().out
+
+
+def test_a_peer_that_is_off_or_does_not_run_is_left_out(folder, machine, monkeypatch, capsys):
+    benchmark, _ = machine
+    only = case(benchmark, folder, "linear_attention", "training", 64, 1)
+    for found, expected in ((lambda *_: {"d_q": (0.3, 5e-2)}, None), (lambda *_: 1 / 0, None)):
+        monkeypatch.setattr(benchmark.WORK["training"], "check_peer", found)
+        assert benchmark.comparable(only.op, benchmark.check("training", only.op, only.kernels)) is expected
+    assert "does not run here: ZeroDivisionError" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Ops that are small enough to run as programs."""
+    place = tmp_path_factory.mktemp("small")
+    for make in (compile_op, compile_training):
+        packages.write(place / "default", make(kg.load("linear_attention"), 64), place)
+    return place
+
+
+class LinearAttention:
+    """A peer in torch, of the recurrence without a state to start from; `scale` makes it another."""
+
+    label = "plain linear attention"
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
+
+    def __call__(self, given):
+        q, k, v = (given[n].double().transpose(1, 2) for n in "qkv")
+        o = self.scale * (q @ k.mT).tril() @ v
+        return o.transpose(1, 2).to(given["v"].dtype), (k.mT @ v).float()
+
+
+@pytest.mark.parametrize("purpose", ["inference", "training"])
+def test_contenders_are_checked_against_the_recurrence(small, monkeypatch, purpose):
+    import gpu
+    import gpu_contenders
+
+    simulated_gpu.install(monkeypatch)
+    monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "CHECKED", (2, 40, 1))
+    only = case(gpu, small, "linear_attention", purpose)
+    results = {"out", "final_state"} | ({"d_q", "d_k", "d_v"} if purpose == "training" else set())
+    monkeypatch.setattr(gpu_contenders, "peer", lambda name: LinearAttention())
+    errors = gpu.check(purpose, only.op, only.kernels)
+    assert all(set(found) == results for found in errors.values())
+    assert all(0 < error <= most for error, most in errors["default"].values())
+    assert gpu.comparable(only.op, errors).label == LinearAttention.label
+    found = gpu.check_peer(gpu.WORK[purpose], only.op, LinearAttention(1.1), only.first)
+    assert gpu.comparable(only.op, {LinearAttention.label: found}) is None
+
+
+@pytest.mark.parametrize("purpose", ["inference", "training"])
+def test_what_is_timed_computes_what_was_checked(small, monkeypatch, purpose):
+    """Bare launches on their own workspaces leave the results that a launch gives."""
+    import gpu
+    import gpu_contenders
+
+    simulated_gpu.install(monkeypatch)
+    monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
+    only = case(gpu, small, "linear_attention", purpose, 20, 1)
+    (given,), kernels = gpu.inputs(only, 0), only.kernels["default"]
+    gpu.WORK[purpose].calls(only, "device", None)["kdagen default"](given)
+    made = kernels.launch(given["arguments"])
+    names = [kernels.by_role["out"]]
+    if purpose == "training":
+        kept = {name: made[name] for name in kernels.kept}
+        d_out = {kernels.by_role["d_out"]: given["d_out"]}
+        made |= kernels.launch({**given["arguments"], **kept, **d_out}, "backward")
+        names += [name for name in made if name.endswith("_out") and name.startswith("d_")]
+        assert len(names) == 4
+    assert all(made[n].any() and torch.equal(made[n], given["default"][n]) for n in names)
 
 
 def test_sets_of_inputs_outlast_the_cache():
@@ -214,3 +403,58 @@ def test_contenders_take_turns_on_inputs_in_turn(monkeypatch, mode):
     timed = made[2 * gpu_timing.WARM_UPS :]
     assert [label for label, _ in timed] == ["slow", "one", "one", "slow"] * 2
     assert "".join(given for _, given in timed) == "abcabcab"
+
+
+def test_what_comes_before_is_not_timed(monkeypatch):
+    import gpu_timing
+
+    slept = []
+    for name, stand_in in (("Event", Clock), ("_sleep", slept.append), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def passes(milliseconds):
+        def run(given):
+            Clock.now += milliseconds
+            return f"{given}, {milliseconds}"
+
+        return run
+
+    def run(made):
+        assert made == "set, 5"
+        return passes(2)(made)
+
+    found = gpu_timing.measure({"backward": gpu_timing.Call(run, passes(5), ahead=77)}, ["set"], 3, "device")
+    assert found["backward"].median == 2 and slept == [77] * 3
+
+
+def test_the_peak_is_of_a_call_alone_and_not_of_the_first(monkeypatch):
+    import gpu_timing
+
+    memory = {"now": 100, "most": 0}
+    tuning = iter([1000, 0])
+
+    def call(given):
+        memory["most"] = max(memory["most"], memory["now"] + 30 + next(tuning))
+
+    stand_ins = {
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: memory.update(most=memory["now"]),
+        "memory_allocated": lambda: memory["now"],
+        "max_memory_allocated": lambda: memory["most"],
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert gpu_timing.peak_bytes(call, None) == 30
+
+
+def test_packed_training_has_a_package_a_policy():
+    import pack_for_device
+
+    found = pack_for_device.training_sources("sm90", ["linear_attention", "gated_deltanet"], ["gated_deltanet"])
+    listed = {package: [(s.name, s.schedule["keep"]) for s in sources] for package, sources in found.items()}
+    assert listed == {
+        "default": [("linear_attention", "states"), ("gated_deltanet", "states")],
+        "keep_inputs": [("gated_deltanet", "inputs")],
+        "keep_all": [("gated_deltanet", "all")],
+    }
