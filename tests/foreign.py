@@ -34,6 +34,12 @@ def bonus(S, q, k, v, w, u: kg.ChannelParameter):
     return kg.diag(kg.exp(-kg.exp(w))) @ S + kg.outer(k, v), o
 
 
+@case(0, 1)
+def write_seen_before_decay(S, q, k, v, g: kg.Channel(lower=-5.0, upper=0.0)):
+    written = kg.outer(k, v)
+    return kg.diag(kg.exp(g)) @ S + written, (S + written).T @ q
+
+
 @case(0, 2)
 def two_writes(S, q, k1, k2, v1, v2, g):
     S = kg.exp(g) * S + kg.outer(k1, v1) + kg.outer(k2, v2)

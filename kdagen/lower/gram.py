@@ -27,6 +27,7 @@ class GramOperands:
     chunk: int
     channels: int
     dtype: str
+    own_before: bool = False  # whether a reader before its own decay keeps j = i
 
 
 def lower_gram(block: Block, form: DecayForm, o: GramOperands) -> None:
@@ -141,10 +142,17 @@ def _factored(block: Block, o: GramOperands) -> None:
     _, _, acc = _tiles(block, o)
     _running_sums(block, o)
     row, col = anchored(o)
+    scaled = block.fragment("level", *block.buffers[acc].shape) if o.own_before else acc
+    if o.own_before:  # about the anchor such an entry would be e^(-g_i), where it is not decayed at all
+        _diagonal(block, o, acc)
     block.add(
         *fill(o, row, col, f"bounded gate: rows and columns about row {o.chunk // 2}"),
-        _product(block, o, acc, "G_ij = sum_k (z_ik e^(gc_i - a)) (x_jk e^(a - gc_j))"),
+        _product(block, o, scaled, "G_ij = sum_k (z_ik e^(gc_i - a)) (x_jk e^(a - gc_j))"),
     )
+    if o.own_before:
+        entries = tuple(zip("ij", block.buffers[acc].shape))
+        own = f"T.if_then_else(i % {o.chunk} == j % {o.chunk}, {acc}[i, j], {scaled}[i, j])"
+        block.add(Map(entries, ((f"{acc}[i, j]", own),)))
     _keep(block, o, acc)
 
 

@@ -230,6 +230,7 @@ class Prepare:
             chunk=self.chunk,
             channels=self.dims["K"],
             dtype=self.dtype,
+            own_before=any(any(kept) and not after for kept, after in zip(op.diagonal, op.after, strict=True)),
         )
         lower_gram(self.block, form, operands)
         for r, row in enumerate(op.outs):
