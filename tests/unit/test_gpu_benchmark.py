@@ -458,3 +458,21 @@ def test_packed_training_has_a_package_a_policy():
         "keep_inputs": [("gated_deltanet", "inputs")],
         "keep_all": [("gated_deltanet", "all")],
     }
+
+
+def test_variants_that_differ_are_packed_and_those_that_cannot_be_are_named(monkeypatch, capsys):
+    import pack_for_device
+
+    def no_split(recurrence, arch, schedule=None):
+        if "output" in (schedule or {}):
+            raise pack_for_device.ScheduleError("no room")
+        return compile_op(recurrence, arch=arch, schedule=schedule)
+
+    monkeypatch.setattr(pack_for_device, "compile_op", no_split)
+    ops = ["linear_attention", "retnet"]
+    found = pack_for_device.sources("sm90", ops, ["retnet"], ["chunk16", "chunk32", "split"])
+    assert {package: [s.name for s in sources] for package, sources in found.items()} == {
+        "default": ops,
+        "chunk16": ["retnet"],  # chunks of 32 are its default
+    }
+    assert capsys.readouterr().out == "split of retnet left out: no room\n"
