@@ -3,8 +3,9 @@
     kdagen build --arch sm90 --out my_ops
     python examples/quickstart.py
 
-The op runs on CPU tensors; the programs that were built for the GPU are executed in simulation, with the GPU's
-rounding. Both are compared with the recurrence as it is written, token by token in float64.
+The op runs on CPU tensors, forward and backward; the programs that were built for the GPU are executed in simulation,
+with the GPU's rounding. Both are compared with the recurrence as it is written, token by token in float64, and its
+gradients by torch's autograd.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import time
 from pathlib import Path
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
 import kdagen as kg
 from kdagen.reference import recurrence_reference
-from kdagen.simulate.verify import built_source, draw, relative_error, verify
+from kdagen.simulate.verify import built_source, draw, draw_cotangents, relative_error, verify, verify_training
 
 HEADS = 2
 CPU_TOLERANCE = 1e-5  # of float32
@@ -37,18 +39,26 @@ def import_op(folder: Path, name: str):
         raise click.ClickException(f"{folder} has no op {name}: run `{command}` first") from None
 
 
-def run_on_cpu(op, source, recurrence, shape) -> tuple[float, float, float, float]:
-    """Errors of output and state, seconds of the op, seconds token by token."""
+def run_on_cpu(op, source, recurrence, shape) -> tuple[dict[str, float], float, float]:
+    """Errors of results and gradients; seconds of the op, forward and backward, and of the same token by token."""
     drawn, _ = draw(source, shape)
-    tensors = {name: x.float() for name, x in drawn.items()}
-    op(**{name: x[:, :1] if x.dim() > 2 else x for name, x in tensors.items()})  # derives what the CPU runs, once
-    started = time.perf_counter()
-    o, state = op(**tensors, output_final_state=True)
-    op_done = time.perf_counter()
-    expected_o, expected_state = recurrence_reference(recurrence, tensors)
-    reference_done = time.perf_counter()
-    errors = relative_error(o, expected_o), relative_error(state, expected_state)
-    return *errors, op_done - started, reference_done - op_done
+    d_out, d_state = (x.float() for x in draw_cotangents(source, shape))
+
+    def results(call, dtype):
+        tensors = {name: x.to(dtype).requires_grad_() for name, x in drawn.items()}
+        started = time.perf_counter()
+        o, state = call(tensors)
+        gradients = torch.autograd.grad(
+            (o, state), list(tensors.values()), (d_out.to(o.dtype), d_state.to(state.dtype))
+        )
+        seconds = time.perf_counter() - started
+        return {"output": o, "final state": state, **{f"d_{n}": x for n, x in zip(tensors, gradients)}}, seconds
+
+    results(lambda tensors: op(**tensors, output_final_state=True), torch.float32)  # derives what the CPU runs, once
+    found, seconds = results(lambda tensors: op(**tensors, output_final_state=True), torch.float32)
+    expected, reference_seconds = results(lambda tensors: recurrence_reference(recurrence, tensors), torch.float64)
+    errors = {name: relative_error(x.detach(), expected[name].detach()) for name, x in found.items()}
+    return errors, seconds, reference_seconds
 
 
 def table(*titles: str) -> Table:
@@ -59,10 +69,19 @@ def table(*titles: str) -> Table:
     return made
 
 
-def error_row(what: str, output: float, state: float, tolerance: float) -> list[str]:
-    """A row of the table of errors."""
-    good = output <= tolerance and state <= tolerance
-    return [what, f"{output:.1e}", f"{state:.1e}", f"{tolerance:g}", "yes" if good else "NO"]
+def error_table(cpu: dict[str, float], verdict, tokens: tuple[int, int], source) -> Table:
+    """A row a result: its error on the CPU, and that of the simulated GPU programs (inference: no gradients)."""
+    on_cpu, simulated = (
+        f"CPU op: float32, T = {tokens[0]}",
+        f"{source.target} programs: {source.dtype}, T = {tokens[1]}",
+    )
+    made = table("", on_cpu, "at most", simulated, "at most", "good")
+    for name, error in cpu.items():
+        gpu, most = verdict.errors.get(name, (None, None))
+        good = error <= CPU_TOLERANCE and (gpu is None or gpu <= most)
+        cells = ["-", "-"] if gpu is None else [f"{gpu:.1e}", f"{most:g}"]
+        made.add_row(name, f"{error:.1e}", f"{CPU_TOLERANCE:g}", *cells, "yes" if good else "NO")
+    return made
 
 
 def kernels(folder: Path, manifest: dict) -> Table:
@@ -80,33 +99,29 @@ def kernels(folder: Path, manifest: dict) -> Table:
 @click.command()
 @click.option("--op", "name", default="kda", show_default=True, help="An op that was built.")
 @click.option("--build", "folder", type=Path, default=Path("my_ops"), show_default=True, help="Where it was built.")
-@click.option("--tokens", default=1024, show_default=True, help="Tokens of the run on the CPU.")
+@click.option("--tokens", default=256, show_default=True, help="Tokens of the run on the CPU.")
 @click.option("--simulated-tokens", default=80, show_default=True, help="Tokens of the simulated run.")
 def main(name: str, folder: Path, tokens: int, simulated_tokens: int) -> None:
-    """Run a built op on CPU tensors, execute its GPU program in simulation, check both."""
+    """Run a built op on CPU tensors, execute its GPU programs in simulation, check both."""
     op, recurrence = import_op(folder, name), kg.load(name)
-    built = op.variants[0]
+    built = max(op.variants, key=lambda variant: variant.training)  # that of training has the forward's kernels too
     source = built_source(built.folder)
 
     console.print(f"{recurrence}\n")
-    cpu_o, cpu_state, seconds, reference_seconds = run_on_cpu(op, source, recurrence, (1, tokens, HEADS))
-    verdict = verify(source, recurrence, (1, simulated_tokens, HEADS))
+    cpu, seconds, reference_seconds = run_on_cpu(op, source, recurrence, (1, tokens, HEADS))
+    check = verify_training if source.training else verify
+    verdict = check(source, recurrence, (1, simulated_tokens, HEADS))
 
-    errors = table("what ran", "output error", "state error", "at most", "good")
-    ran = f"op on CPU tensors: float32, T = {tokens}, H = {HEADS}"
-    errors.add_row(*error_row(ran, cpu_o, cpu_state, CPU_TOLERANCE))
-    ran = f"program for {source.target}, simulated: {source.dtype}, T = {simulated_tokens}, H = {HEADS}"
-    errors.add_row(*error_row(ran, verdict.output, verdict.final_state, verdict.tolerance))
-    console.print("Relative errors against the recurrence, token by token in float64:\n")
-    console.print(errors)
-
-    console.print(f"\nKernels in {built.folder}:\n")
-    console.print(kernels(built.folder, built.manifest))
+    console.print("Relative errors against the recurrence, token by token in float64 (d_x is the gradient of x):\n")
+    console.print(error_table(cpu, verdict, (tokens, simulated_tokens), source))
+    for variant in op.variants:
+        console.print(f"\nKernels in {variant.folder}:\n")
+        console.print(kernels(variant.folder, variant.manifest))
     moved = sum(map(verdict.bytes, verdict.statistics))
-    console.print(f"\nmoved by the simulated program: {moved:,.0f} bytes a token a head")
-    console.print(f"time on this CPU: op {seconds:.2f} s, token by token {reference_seconds:.2f} s")
+    console.print(f"\nmoved by the simulated programs: {moved:,.0f} bytes a token a head")
+    console.print(f"time on this CPU, with gradients: op {seconds:.2f} s, token by token {reference_seconds:.2f} s")
     console.print(f"on a GPU machine:  from {folder.name} import {name}  (torch and apache-tvm-ffi, no compiler)")
-    if not verdict.ok or max(cpu_o, cpu_state) > CPU_TOLERANCE:
+    if not verdict.ok or max(cpu.values()) > CPU_TOLERANCE:
         sys.exit("an error is larger than it may be")
 
 

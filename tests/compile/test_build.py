@@ -11,7 +11,6 @@ from pathlib import Path
 import mock_driver
 import pytest
 import toy
-import toy_training
 from mock_driver import tensor
 
 from kdagen import debug
@@ -166,7 +165,6 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, {str(built.folder.parents[1].parent)!r})
 from my_ops import toy
-import toy_training
 print(toy)
 print(sorted(toy.variants[0].functions()))
 """

@@ -15,7 +15,7 @@ def lowered(source, arch):
 @pytest.mark.parametrize("arch", ["sm90", "sm80"])
 @pytest.mark.parametrize("name", ["kda", "deltaproduct"])
 def test_reverse_scans_lower(name, arch):
-    _, sources = generated(zoo.get(name), 128, arch)
+    _, sources = generated(zoo.get(name), 128, arch, chunk_size=32, segment=8)
     found = lowered(sources["reverse"], arch)
     assert "if ((n == 0) | (((NC - n) % 8) == 0))" in found.source
     assert ("wgmma" in found.source) == (arch == "sm90")

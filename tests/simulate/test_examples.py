@@ -41,10 +41,12 @@ def test_quickstart(folder):
     words = ["--op", "gla", "--build", str(folder), "--tokens", "70", "--simulated-tokens", "20"]
     result = CliRunner().invoke(load("quickstart").main, words)
     assert result.exit_code == 0, result.output
-    cpu = r"op on CPU tensors: float32, T = 70, H = 2 +(\S+) +(\S+) +1e-05 +yes"
-    simulated = r"program for sm90, simulated: bfloat16, T = 20, H = 2 +(\S+) +(\S+) +0.005 +yes"
-    for row in (cpu, simulated):
-        assert all(0 < float(error) < 5e-3 for error in re.search(row, result.output).groups())
+    assert "CPU op: float32, T = 70" in result.output and "sm90 programs: bfloat16, T = 20" in result.output
+    for name in ("output", "final state"):
+        errors = re.search(rf"{name} +(\S+) +1e-05 +(\S+) +0.005 +yes", result.output).groups()
+        assert all(0 < float(error) < 5e-3 for error in errors)
+    for name in ("q", "k", "v", "g"):
+        assert 0 < float(re.search(rf"d_{name} +(\S+) +1e-05 +- +- +yes", result.output).group(1)) < 1e-5
     assert re.search(r"gla_scan +\d+ +96 +0 +4.0 +gla_scan.so", result.output)
     assert "from gla_ops import gla" in result.output
 
