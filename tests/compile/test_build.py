@@ -11,6 +11,7 @@ from pathlib import Path
 import mock_driver
 import pytest
 import toy
+import toy_training
 from mock_driver import tensor
 
 from kdagen import debug
