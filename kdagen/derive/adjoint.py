@@ -6,8 +6,9 @@ holds for every recurrence, for it sees ops and never a recurrence (Griewank and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import sympy
@@ -38,10 +39,14 @@ from kdagen.ir.tensor import (
 )
 
 
-def adjoint(program: Program) -> Adjoint:
-    """The backward of a program: what a chunk's results owe to what it was given."""
+def adjoint(program: Program, carried: Mapping[str, tuple[str, Span]] = MappingProxyType({})) -> Adjoint:
+    """The backward of a program: what a chunk's results owe to what it was given.
+
+    `carried` names the decayed operands, each with the operand and the span of its decay, whose cotangents a Gram's
+    adjoint is to begin with: a backend that forms them together with the Gram need not take them apart first.
+    """
     forward = program.prepare + program.scan + program.output
-    tape = Tape(writes_of(forward) | {program.state})
+    tape = Tape(writes_of(forward) | {program.state}, carried)
     d_out, d_next = tape.fresh(program.out), tape.fresh(program.next_state)
     tape.give(program.out, d_out)
     tape.give(program.next_state, d_next)
@@ -88,8 +93,10 @@ class Owed:
 class Tape:
     """Ops of the adjoint so far, and contributions to cotangents that are still being added up."""
 
-    def __init__(self, known: Iterable[Value]):
+    def __init__(self, known: Iterable[Value], carried: Mapping[str, tuple[str, Span]] = MappingProxyType({})):
         self.names = {v.name for v in known}
+        self.carried = carried
+        self.seeds: dict[tuple[str, Span], Value] = {}  # cotangents of carried operands
         self.ops: list[Op] = []
         self.open: dict[Value, Owed] = {}
         self.closed: dict[Value, Value] = {}
@@ -222,6 +229,9 @@ class Tape:
 def differentiate_map(tape: Tape, op: Map) -> None:
     """d v = d_out * d expr / d v, summed over the indices that v lacks."""
     d_out = tape.cotangent(op.out)
+    if op.out.name in tape.carried:
+        tape.seeds[tape.carried[op.out.name]] = d_out
+        return
     operands = {d_out: op.indices, **dict(op.operands)}
     for value, ix in op.operands:
         expr = d_out.symbol * derivative(op.expr, value.symbol)
@@ -253,6 +263,11 @@ def differentiate_gram(tape: Tape, op: Gram) -> None:
     """Products of the matrices' cotangents with the other side's operands, under the same decay."""
     d_outs = tuple(tuple(tape.cotangent(v) for v in row) for row in op.outs)
     adds = tuple(tuple(tape.so_far(v) for v in side) for side in (op.readers, op.writers, (op.g,) if op.g else ()))
+    spans = [Span.THROUGH if after else Span.BEFORE for after in op.after], [Span.REST] * len(op.writers)
+    seeds = tuple(
+        tuple(tape.seeds.pop((v.name, span), None) for v, span in zip(values, side, strict=True))
+        for values, side in zip((op.readers, op.writers), spans, strict=True)
+    )
     made = GramAdjoint(
         op,
         d_outs,
@@ -260,6 +275,7 @@ def differentiate_gram(tape: Tape, op: Gram) -> None:
         tuple(tape.fresh(x, "_gram") for x in op.writers),
         tape.fresh(op.g, "_gram") if op.g else None,
         adds,
+        seeds if any(v for side in seeds for v in side) else ((), ()),
         eq="what the state gave, and through the secondary matrices",
     )
     tape.add(made)

@@ -11,7 +11,7 @@ from kdagen.ir.canonical import Argument
 from kdagen.ir.tensor import Adjoint, Value, reads
 from kdagen.ir.tensor_values import Values
 
-SPAN_ELEMENTS = 1 << 18  # of one K- or V-wide value of a span: half the forward's, as more values are alive
+SPAN_ELEMENTS = 1 << 19  # of one K- or V-wide value of a span
 
 
 class AdjointInterpreter(Values):

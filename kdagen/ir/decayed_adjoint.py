@@ -64,12 +64,15 @@ def _to_earlier(terms, arena):
     return product(terms, earlier.expand(terms.shape), out=arena.take("gram weights", terms.shape))
 
 
-def tree_gram_adjoint(op: Gram, d_outs, operands, tree: Tree, cotangents, arena) -> None:
-    """With one rate a channel: the tree that made the matrices, from its largest blocks down to single tokens."""
+def tree_gram_adjoint(op: Gram, d_outs, operands, tree: Tree, cotangents, arena, seeds=((), ())) -> None:
+    """With one rate a channel: the tree that made the matrices, from its largest blocks down to single tokens.
+
+    `seeds` are cotangents of its rows and columns at the end, where they are decayed from or to the chunk's ends.
+    """
     import torch
 
     (readers, writers), (d_readers, d_writers, (d_g,)) = operands, cotangents
-    back = TreeAdjoint(tree, arena)
+    back = TreeAdjoint(tree, arena, seeds)
     back.descend(d_outs)
     d_rows, d_cols, decay = back.d_rows.unbind(-2), back.d_cols.unbind(-2), tree.decay
     d_g.copy_(back.d_total)
@@ -92,11 +95,21 @@ class TreeAdjoint:
     `d_total` is the cotangent of the log decay of each whole block.
     """
 
-    def __init__(self, tree: Tree, arena):
+    def __init__(self, tree: Tree, arena, seeds=((), ())):
         self.tree, self.arena = tree, arena
-        self.d_rows = arena.take("tree d_rows", tree.rows.shape).zero_()
-        self.d_cols = arena.take("tree d_cols", tree.cols.shape).zero_()
+        self.d_rows, self.d_cols = (
+            self.seeded(arena.take(name, x.shape), side)
+            for name, x, side in (("tree d_rows", tree.rows, seeds[0]), ("tree d_cols", tree.cols, seeds[1]))
+        )
         self.d_total = arena.take("tree d_total", tree.total.shape).zero_()
+
+    @staticmethod
+    def seeded(out, seeds):
+        if not any(x is not None for x in seeds):
+            return out.zero_()
+        for part, x in zip(out.unbind(-2), seeds, strict=True):
+            part.zero_() if x is None else part.copy_(x)
+        return out
 
     def descend(self, d_outs) -> None:
         for level in reversed(self.tree.levels):

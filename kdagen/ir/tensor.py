@@ -142,6 +142,8 @@ class GramAdjoint:
     d_writers: tuple[Value, ...]
     d_g: Value | None  # None where the Gram has no decay
     adds: tuple[tuple[Value | None, ...], ...] = ((), (), ())  # what readers, writers and g are owed besides
+    # of readers decayed from the chunk's start and writers decayed to its end, from which a tree's descent may begin
+    seeds: tuple[tuple[Value | None, ...], ...] = ((), ())
     eq: str = ""
 
 
@@ -209,7 +211,7 @@ def reads(op: Op) -> tuple[Value, ...]:
         case Decay():
             return (op.g,)
         case GramAdjoint():
-            return (*reads(op.gram), *(v for row in (*op.d_outs, *op.adds) for v in row if v))
+            return (*reads(op.gram), *(v for row in (*op.d_outs, *op.adds, *op.seeds) for v in row if v))
         case Gram():
             return (*op.readers, *op.writers, *((op.g,) if op.g else ()))
         case Interleave():

@@ -215,7 +215,8 @@ class Values:
             self.gram(gram)
         cotangents = [[made[v.name] for v in values if v] for values in (op.d_readers, op.d_writers, (op.d_g,))]
         if gram in self.trees:
-            tree_gram_adjoint(gram, d_outs, self.operands(gram), self.trees[gram], cotangents, self.arena)
+            seeds = [[v and self.env[v.name] for v in side] for side in op.seeds]
+            tree_gram_adjoint(gram, d_outs, self.operands(gram), self.trees[gram], cotangents, self.arena, seeds)
         else:
             outs = [[self.env[v.name] for v in row] for row in gram.outs]
             gram_adjoint(gram, d_outs, self.operands(gram), self.factors.get(gram), outs, cotangents, self.arena)

@@ -180,7 +180,7 @@ def _gram_adjoint(op: GramAdjoint) -> None:
         for d, value in zip(given, wanted, strict=True):
             _dims(op, d, *value.dims)
     gate = gram.g.dims if gram.g else ()
-    for values, dims in ((op.d_outs, ("C", "C")), (op.adds[:2], ("C", "K")), (op.adds[2:], gate)):
+    for values, dims in ((op.d_outs, ("C", "C")), ((*op.adds[:2], *op.seeds), ("C", "K")), (op.adds[2:], gate)):
         for value in (v for row in values for v in row if v):
             _dims(op, value, *dims)
     if (op.d_g is None) != (gram.g is None):

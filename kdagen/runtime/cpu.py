@@ -28,6 +28,14 @@ def run_keeping(program: Program, tensors: dict, initial_state=None, out_dtype=N
         return _interpreter(program, tensors).run_keeping(initial_state, out_dtype)
 
 
+def adjoint_of(program: Program) -> Adjoint:
+    """The backward of a program as `backward` runs it fastest: decayed operands and Gram matrices in one tree."""
+    from kdagen.derive.adjoint import adjoint
+    from kdagen.ir.tensor_values import carried
+
+    return adjoint(program, carried(program.prepare))
+
+
 def backward(adjoint: Adjoint, tensors: dict, initial_state, d_out, d_final_state, states=None) -> tuple[dict, object]:
     """Gradients by argument name, in the argument's dtype and shape, and that of the initial state [B, H, K, V].
 

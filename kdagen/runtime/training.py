@@ -33,9 +33,9 @@ class Training:
     @cached_property
     def adjoint(self):
         """The backward of the chunk form, which the CPU backend runs."""
-        from kdagen.derive.adjoint import adjoint
+        from kdagen.runtime import cpu
 
-        return adjoint(self.op.program)
+        return cpu.adjoint_of(self.op.program)
 
     # -- the training op
 

@@ -44,7 +44,7 @@ def short(monkeypatch):
 def derived(name):
     form = canonical(RECURRENCES[name])
     program = chunk_form(form)
-    return form, program, verify_adjoint(adjoint(program))
+    return form, program, verify_adjoint(cpu.adjoint_of(program))
 
 
 def normal(*shape, seed=0):
@@ -227,3 +227,17 @@ def test_nothing_is_recorded_for_autograd():
     tensors = {n: x.requires_grad_() for n, x in zoo.sample(derived("gla")[0], (B, 5, H, K, V)).items()}
     got = found("gla", tensors, None, normal(B, 5, H, V).requires_grad_(), None)
     assert not any(x.requires_grad for x in got.values())
+
+
+@pytest.mark.parametrize("name", ["kda", "dplr", "rwkv7", "kda_softplus"])
+def test_the_plain_adjoint_gives_the_same(name):
+    """That which kernels are made from takes decayed operands apart before the Gram's adjoint."""
+    form, program, seeded = derived(name)
+    tensors = zoo.sample(form, (2, 40, 2, 8, 4), "extreme")
+    d_out = torch.randn(2, 40, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, expected = (
+        cpu.backward(a, tensors, None, d_out, None)[0] for a in (seeded, verify_adjoint(adjoint(program)))
+    )
+    assert seeded.gradients != adjoint(program).gradients
+    for n, x in found.items():
+        torch.testing.assert_close(x, expected[n], rtol=1e-9, atol=1e-12)
