@@ -47,12 +47,18 @@ def default_training_schedule(
     States are stored once a chunk. Chunks of 16 have products that 2 warps share at most, too few to hold a state's
     cotangent in registers: then each chunk is a segment of its own.
     """
-    tried = [_training(canonical, dims, dtype, target, chunk, choices) for chunk in _chunks(choices)]
-    return next((s for s in tried if fits(canonical, dims, dtype, target, s)), tried[-1])
-
-
-def _chunks(choices: dict) -> tuple[int, ...]:
-    return (choices["chunk_size"],) if "chunk_size" in choices else (32, 16)
+    if "chunk_size" in choices:
+        return _training(canonical, dims, dtype, target, choices["chunk_size"], choices)
+    for chunk in (32, 16):
+        schedule = _training(canonical, dims, dtype, target, chunk, choices)
+        needed = PACKING * gradients_bytes(canonical, dims, dtype, schedule)
+        if needed <= target.shared_bytes:
+            return schedule
+    raise ScheduleError(
+        f"{canonical.name} has no training kernels for {target.name} at head_dim {dims['K'], dims['V']}: the backward "
+        f"of a chunk of {chunk} tokens needs {needed / 1024:.0f} KiB of shared memory, a block there has "
+        f"{target.shared_bytes // 1024}: expected a smaller head_dim"
+    )
 
 
 def _training(canonical, dims, dtype, target, chunk: int, choices: dict) -> TrainingSchedule:
@@ -68,16 +74,12 @@ def _adjoint(canonical: Canonical):
     return adjoint(chunk_form(canonical))
 
 
-def fits(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, schedule: TrainingSchedule) -> bool:
-    """Whether the gradients kernel has the shared memory it needs, by the tile IR's count and a margin for packing."""
+def gradients_bytes(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: TrainingSchedule) -> int:
+    """Shared memory that a block of the gradients kernel needs, as the tile IR counts it."""
     backward = _adjoint(canonical)
     workspace = Workspace(backward.forward, schedule.chunk_size, dims, dtype)
     dtypes = {a.name: dtype if a.per_token else "float32" for a in canonical.arguments}
-    try:
-        kernel = lower_gradients(backward, workspace, schedule, dtypes)
-    except ScheduleError:  # said again, to the user, when this schedule is lowered
-        return False
-    return kernel.shared_bytes * PACKING <= target.shared_bytes
+    return lower_gradients(backward, workspace, schedule, dtypes).shared_bytes
 
 
 def chunk_size(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> int:

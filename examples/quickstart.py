@@ -118,7 +118,8 @@ def main(name: str, folder: Path, tokens: int, simulated_tokens: int) -> None:
         console.print(f"\nKernels in {variant.folder}:\n")
         console.print(kernels(variant.folder, variant.manifest))
     moved = sum(map(verdict.bytes, verdict.statistics))
-    console.print(f"\nmoved by the simulated programs: {moved:,.0f} bytes a token a head")
+    passes = "forward and backward" if source.training else "forward"
+    console.print(f"\nmoved by the simulated programs, {passes}: {moved:,.0f} bytes a token a head")
     console.print(f"time on this CPU, with gradients: op {seconds:.2f} s, token by token {reference_seconds:.2f} s")
     console.print(f"on a GPU machine:  from {folder.name} import {name}  (torch and apache-tvm-ffi, no compiler)")
     if not verdict.ok or max(cpu.values()) > CPU_TOLERANCE:

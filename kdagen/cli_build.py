@@ -112,10 +112,11 @@ def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, **opti
     archs = [target(name).name for names in arch for name in names]
     dims, compilers = pair("--head-dim", head_dim), _compilers(**options)
     sources = [
-        make(load(op), dims, dtype, name, fields, gate_dtype, template_folders=templates)
+        source
         for op in ops
         for name in archs
         for make, fields in compilers
+        if (source := make(load(op), dims, dtype, name, fields, gate_dtype, template_folders=templates))
     ]
     built = build(sources, out, jobs, Progress())
     click.echo(summary(built), nl=False)
@@ -135,10 +136,14 @@ def _compilers(schedule, inference_only: bool, keep: str, training_schedule) -> 
     return found
 
 
-def _training(*args, **options):
+def _training(recurrence, dims, dtype, arch, fields, *args, **options):
+    """The OpSource for training; where there is none by default a note and None, where one was asked for an error."""
     from kdagen import pipeline
 
     try:
-        return pipeline.compile_training(*args, **options)
+        return pipeline.compile_training(recurrence, dims, dtype, arch, fields, *args, **options)
     except ScheduleError as error:
+        if fields.keys() == {"keep"}:
+            click.echo(f"inference only: {error}", err=True)
+            return None
         raise ScheduleError(f"{error} (of the kernels for training: --inference-only builds without)") from None

@@ -72,3 +72,25 @@ def test_a_training_kernel_that_does_not_fit():
     expected = "lower chunk_size .now 16. in the schedule of training .--inference-only builds without."
     with pytest.raises(ScheduleError, match=f"toy_gradients needs 300.0 KiB of shared memory a block, .*: {expected}"):
         check_shared(job, target("sm90"), 300 * 1024)
+
+
+def test_no_schedule_of_training_fits():
+    expected = (
+        r"kda has no training kernels for sm89 at head_dim \(128, 128\): the backward of a chunk of 16 tokens needs "
+        r"\d+ KiB of shared memory, a block there has 99: expected a smaller head_dim"
+    )
+    with pytest.raises(ScheduleError, match=expected):
+        compile_training(zoo.get("kda"), arch="sm89")
+
+
+def test_a_state_too_large_for_registers():
+    with pytest.raises(ScheduleError, match=r"head_dim \(256, 128\) has no backward: expected K x V of at most 16384"):
+        compile_training(zoo.get("kda"), (256, 128))
+
+
+def test_a_build_goes_on_without_training_where_there_is_none(monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setattr("kdagen.build.builder.build", lambda sources, *_: built.extend(sources) or [])
+    result = run("build", "--arch", "sm89", "--op", "kda", "--out", str(tmp_path))
+    assert result.stderr.startswith("inference only: kda has no training kernels for sm89")
+    assert [source.training for source in built] == [False]
