@@ -35,9 +35,9 @@ def bonus(S, q, k, v, w, u: kg.ChannelParameter):
 
 
 @case(0, 1)
-def write_seen_before_decay(S, q, k, v, g: kg.Channel(lower=-5.0, upper=0.0)):
+def write_seen_before_decay(S, q, k, v, g):
     written = kg.outer(k, v)
-    return kg.diag(kg.exp(g)) @ S + written, (S + written).T @ q
+    return kg.diag(kg.exp(-5.0 * kg.sigmoid(g))) @ S + written, (S + written).T @ q
 
 
 @case(0, 2)
