@@ -154,10 +154,13 @@ def elementwise(op: Op) -> sympy.Expr:
     match op:
         case Map():
             return op.expr.count_ops() * size(op.out)
-        case RowSum() | ColSum() | Spread():
+        case RowSum() | ColSum():
             return size(op.a)
-        case GramAdjoint() if op.d_g:  # operands times their cotangents, summed over spans of tokens
-            return sum((2 * size(v) for v in (*op.d_readers, *op.d_writers)), size(op.d_g))
+        case Spread():
+            return size(op.a) + (size(op.out) if op.add else 0)
+        case GramAdjoint():  # operands times their cotangents, summed over spans of tokens; what is added to
+            spans = sum((2 * size(v) for v in (*op.d_readers, *op.d_writers)), size(op.d_g)) if op.d_g else 0
+            return spans + sum((size(v) for side in op.adds for v in side if v), sympy.S.Zero)
         case Decay():
             return 2 * size(op.out)  # a sum and an exponential
         case MatMul() if op.add:
