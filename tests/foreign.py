@@ -284,3 +284,9 @@ def transposed_decay(S, q, k, v, g, beta):
     S = (S.T @ kg.diag(kg.exp(g))).T
     S = (S.T + kg.outer(k, beta * (v - S.T @ k)).T).T
     return S, kg.clip(kg.dot(q, k), -1.0, 1.0) * v + S.T @ ((kg.eye() - kg.outer(k, k)) @ q)
+
+
+@case(0, 1)
+def named_like_cotangents(S, q, k, d_S: kg.Value, d_o: kg.Channel):
+    S = kg.diag(kg.exp(d_o)) @ S + kg.outer(k, d_S)
+    return S, S.T @ q

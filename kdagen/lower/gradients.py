@@ -41,6 +41,8 @@ from kdagen.lower.expression import tile_text
 from kdagen.lower.gram_adjoint import lower_gram_adjoint, lower_spread
 from kdagen.lower.order import least_in_use
 from kdagen.lower.prepare import LOG2E, Prepare
+from kdagen.lower.reverse import d_out_buffer
+from kdagen.lower.scan import state_buffer
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm, TrainingSchedule
 
@@ -63,9 +65,10 @@ def lower_gradients(
     name, used = adjoint.forward.canonical.name, set()
     for statement in lowering.block.statements:
         used |= tile_reads(statement) | tile_writes(statement)
-    end = f"T.cast({END}[b, h, segment + 1, i, j], 'float32')"
-    start = Map((("i", v), ("j", k)), (("d_S_f[i, j]", end),), eq="the state's cotangent at the segment's end")
-    inputs = [b for b in lowering.inputs() if b.name in used | {END}]
+    end = f"T.cast({lowering.end.name}[b, h, segment + 1, i, j], 'float32')"
+    carried = f"{lowering.carried}[i, j]"
+    start = Map((("i", v), ("j", k)), ((carried, end),), eq="the state's cotangent at the segment's end")
+    inputs = [b for b in lowering.inputs() if b.name in used | {lowering.end.name}]
     return Kernel(
         name=f"{name}_gradients",
         family="gradients",
@@ -84,9 +87,6 @@ def lower_gradients(
     )
 
 
-END = "d_S_w"  # the state's cotangent at the ends of segments, which the reverse scan leaves
-
-
 class Gradients(Prepare):
     """Lowering state: as prepare's, with tiles for the operands and results of products."""
 
@@ -97,6 +97,8 @@ class Gradients(Prepare):
         self.tiles: dict[str, str] = {}  # values that lie in the operand dtype in shared memory, as products need them
         self.formed: dict = {}  # operands of each Gram
         self.state, self.d_next, self.d_state = adjoint.forward.state, adjoint.d_next_state, adjoint.d_state
+        self.end = state_buffer(adjoint.d_state, workspace, "NE")  # the cotangent at the ends of segments
+        self.carried = f"{adjoint.d_state.name}_f"
         self.carries = schedule.segment > 1  # else a chunk's cotangent comes from the reverse scan each time
         self.handlers = {
             Load: self.load, TensorMap: self.map, RowSum: self.sums, ColSum: self.sums, Spread: self.spread,
@@ -108,13 +110,8 @@ class Gradients(Prepare):
 
     def inputs(self) -> tuple[Buffer, ...]:
         """What the kernel may read, in the order arguments, cotangent of the output, states."""
-        dims, dtype = self.dims, self.dtype
-        d_out = Buffer("d_o_in", ("B", "T", "H", dims["V"]), dtype, "global", "d_out")
-        states = (
-            Buffer(f"{self.state.name}_w", ("B", "H", "NC", dims["V"], dims["K"]), dtype, "global", "workspace"),
-            Buffer(END, ("B", "H", "NE", dims["V"], dims["K"]), dtype, "global", "workspace"),
-        )
-        return (*self.arguments.values(), d_out, *states)
+        d_out = d_out_buffer(self.adjoint, self.workspace)
+        return (*self.arguments.values(), d_out, state_buffer(self.state, self.workspace, "NC"), self.end)
 
     def results(self) -> tuple[Buffer, ...]:
         """A gradient for each argument that anything depends on; for a head's parameter, what each chunk adds to it."""
@@ -140,11 +137,15 @@ class Gradients(Prepare):
             self.block.add(Copy(tile, f"{self.state.name}_w[b, h, n, 0:{v}, 0:{k}]", eq="the state before the chunk"))
             self.define_state(self.state, tile)
         tile = self.block.shared(self.d_next.name, v, k, dtype=self.dtype)
-        after = self.block.fragment("d_S", v, k) if self.carries else f"{END}[b, h, segment + 1, 0:{v}, 0:{k}]"
+        if self.carries:
+            after = self.block.fragment(self.d_state.name, v, k)
+        else:
+            after = f"{self.end.name}[b, h, segment + 1, 0:{v}, 0:{k}]"
         self.block.add(Copy(tile, after, eq="the cotangent of the state after the chunk"))
         self.define_state(self.d_next, tile)
         if any(self.adjoint.d_out in reads(op) for op in self.ops):
-            self.load_values("d_o_in", self.adjoint.d_out, "cotangent of the output")
+            given = d_out_buffer(self.adjoint, self.workspace)
+            self.load_values(given, self.adjoint.d_out, "cotangent of the output")
         for op in self.order():
             (self.step if op in self.steps else self.lower)(op)
             self.write_made(set(writes(op)))
@@ -191,15 +192,14 @@ class Gradients(Prepare):
                 self.tiles[op.out.name] = f"{op.argument.name}_in_s"
             return
         self.zero_past_end.add(op.out.name)
-        self.load_values(f"{op.argument.name}_in", op.out, op.eq)
+        self.load_values(self.arguments[op.argument.name], op.out, op.eq)
 
-    def load_values(self, source: str, value: Value, eq: str) -> None:
+    def load_values(self, source: Buffer, value: Value, eq: str) -> None:
         """A chunk of a V-wide tensor."""
-        dtype = {b.name: b.dtype for b in self.inputs()}[source]
-        tile = self.block.shared(source, self.chunk, self.dims["V"], dtype=dtype)
+        tile = self.block.shared(source.name, self.chunk, self.dims["V"], dtype=source.dtype)
         rows = f"n * {self.chunk}:n * {self.chunk} + {self.chunk}"
-        self.block.add(Copy(tile, f"{source}[b, {rows}, h, 0:{self.dims['V']}]", eq=eq))
-        if dtype == self.dtype:
+        self.block.add(Copy(tile, f"{source.name}[b, {rows}, h, 0:{self.dims['V']}]", eq=eq))
+        if source.dtype == self.dtype:
             self.tiles[value.name] = tile
         self.define(value, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')")
 
@@ -239,31 +239,26 @@ class Gradients(Prepare):
     def products(self, op: MatMul, acc: str, clear: bool) -> None:
         """The terms of a MatMul, added up in `acc`; K x V operands and results lie transposed."""
         m, n = self.block.buffers[acc].shape
-        turned = op.out.dims == ("K", "V")
         for step, (a, b, ta, tb) in enumerate(op.terms):
             inner = self.workspace.size(a.dims[0 if ta else 1])
-            left, right = (self.operand(a), ta != self.lies_turned(a)), (self.operand(b), tb != self.lies_turned(b))
-            if turned:  # (a b)^T = b^T a^T
+            left, right = (self.operand(a), ta != lies_turned(a)), (self.operand(b), tb != lies_turned(b))
+            if lies_turned(op.out):  # (a b)^T = b^T a^T
                 left, right = (right[0], not right[1]), (left[0], not left[1])
             flags = {"trans_a": left[1], "trans_b": right[1], "clear": clear and step == 0}
             self.block.add(Gemm(acc, left[0], right[0], (m, n, inner), **flags, eq=op.eq))
 
-    def lies_turned(self, value: Value) -> bool:
-        return value.dims == ("K", "V")
-
     def step(self, op) -> None:
         """The state's cotangent before the chunk, in place: decayed, then the products added."""
         if isinstance(op, MatMul):
-            self.products(op, "d_S_f", clear=op.add is None)
+            self.products(op, self.carried, clear=op.add is None)
             return
         at = dict(zip(op.indices, ("j", "i")))
-        access = {v.name: self.access[v.name](*(at[i] for i in ix)) for v, ix in op.operands if v != self.d_next}
-        self.block.add(self.scaled(op, access))
-
-    def scaled(self, op: TensorMap, access: dict[str, str]) -> Map:
-        symbols = {v.symbol: access.get(v.name, "d_S_f[i, j]") for v, _ in op.operands}
-        loops = (("i", self.dims["V"]), ("j", self.dims["K"]))
-        return Map(loops, (("d_S_f[i, j]", tile_text(op.expr, symbols)),), eq=op.eq)
+        carried, loops = f"{self.carried}[i, j]", (("i", self.dims["V"]), ("j", self.dims["K"]))
+        symbols = {
+            v.symbol: carried if v == self.d_next else self.access[v.name](*(at[i] for i in ix))
+            for v, ix in op.operands
+        }
+        self.block.add(Map(loops, ((carried, tile_text(op.expr, symbols)),), eq=op.eq))
 
     # -- sums
 
@@ -350,6 +345,11 @@ class Gradients(Prepare):
         if not argument.per_token and index == ["i"]:
             loops, target, entry = (("j", loops[0][1]),), f"{name}[b, h, n, j]", self.access[value.name]("j")
         self.block.add(Map(loops or (("j", 1),), ((target, entry),), where=inside, eq=f"gradient of {argument.name}"))
+
+
+def lies_turned(value: Value) -> bool:
+    """Whether a value's tile is its transpose: V channels as rows."""
+    return value.dims == ("K", "V")
 
 
 def part(read, rows: int, r: int, cols: int, s: int):

@@ -25,12 +25,12 @@ def lower_reverse(
     the final state; slot 0, which nothing reads, is left alone.
     """
     d_out, carried = adjoint.d_out, Carried(adjoint.d_state.name, adjoint.d_next_state, adjoint.d_state)
-    parts = {d_out.name: (Part("d_o", d_out, True),)}
+    given = d_out_buffer(adjoint, workspace)
+    parts = {d_out.name: (Part(given.name.removesuffix("_in"), d_out, True),)}
     step = Step(workspace, schedule, adjoint.reverse, carried, parts=parts)
     loads = step.loads(LAST_FIRST)
     kept = state_buffer(adjoint.d_state, workspace, "NE")
     body = step.lower(_keep_cotangent(step, kept.name, schedule.segment))
-    given = Buffer("d_o_in", ("B", "T", "H", workspace.dims["V"]), workspace.dtype, "global", "d_out")
     return scan_kernel(
         f"{adjoint.forward.canonical.name}_reverse",
         "reverse",
@@ -41,6 +41,14 @@ def lower_reverse(
         step.read_from("d_final_state", eq="d_S = d_S_T"),
         step.write_to("d_initial_state", eq="d_S_0"),
     )
+
+
+def d_out_buffer(adjoint: Adjoint, workspace: Workspace) -> Buffer:
+    """The output's cotangent, as the caller gives it; under a name that is no argument's."""
+    name, taken = "d_o", {a.name for a in adjoint.forward.canonical.arguments}
+    while name in taken:
+        name += "_"
+    return Buffer(f"{name}_in", ("B", "T", "H", workspace.dims["V"]), workspace.dtype, "global", "d_out")
 
 
 def _keep_cotangent(step: Step, workspace: str, segment: int):
