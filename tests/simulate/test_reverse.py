@@ -27,11 +27,13 @@ class Run:
         schedule, self.sources = generated(self.recurrence, head_dim, chunk_size=chunk_size, segment=segment, **choices)
         self.chunk, self.specs = schedule.chunk_size, {p.name: p for s in self.sources.values() for p in s.params}
         self.chunks = -(-tokens // self.chunk)
+        self.d_out = next(n for n, p in self.specs.items() if p.role == "d_out")
+        self.ends = next(n for n, p in self.specs.items() if "NE" in p.shape)
         k, v = self.specs["d_final_state"].shape[2:]
         self.size = {"B": 2, "T": tokens, "H": 2, "NC": self.chunks, "NE": -(-self.chunks // segment) + 1}
         generator = torch.Generator().manual_seed(0)
         self.memory = {n: torch.full(self.shape(n), torch.nan, dtype=self.dtype(n)) for n in self.specs}
-        for given, scale in (("d_o_in", 1.0), ("d_final_state", 0.1), ("initial_state", 0.1)):
+        for given, scale in ((self.d_out, 1.0), ("d_final_state", 0.1), ("initial_state", 0.1)):
             random = scale * torch.randn(self.shape(given), generator=generator)
             self.memory[given] = random.to(self.dtype(given))
         self.inputs = zoo.sample(canonical(self.recurrence), (2, tokens, 2, k, v), gate)
@@ -63,7 +65,7 @@ class Run:
             rows = slice(first, first + self.chunk)
             inputs = {n: x[:, rows] if x.shape[:1] == (2,) and x.ndim > 2 else x for n, x in self.inputs.items()}
             o, state = recurrence_reference(self.recurrence, inputs, states[-1])
-            loss = loss + (o * self.memory["d_o_in"][:, rows].double()).sum()
+            loss = loss + (o * self.memory[self.d_out][:, rows].double()).sum()
             states.append(state.clone())  # what later chunks owe to it, without this chunk's own last output
         loss = loss + (states[-1] * self.memory["d_final_state"].double()).sum()
         return [s.detach() for s in states], torch.autograd.grad(loss, states)
@@ -81,7 +83,7 @@ def check_states(run):
 def check_cotangents(run, dtype="bfloat16"):
     _, cotangents = run.expected()
     kept = [*range(run.segment, run.chunks, run.segment), run.chunks]
-    slots = run.memory["d_S_w"][:, :, 1:]
+    slots = run.memory[run.ends][:, :, 1:]
     assert len(kept) == slots.shape[2]
     assert relative(slots, torch.stack([cotangents[c] for c in kept], 2).mT) < TOLERANCE[dtype]
     assert relative(run.memory["d_initial_state"], cotangents[0]) < TOLERANCE[dtype]
