@@ -78,13 +78,17 @@ def _check_scan(schedule: Schedule, target: Target) -> None:
 
 def check_products(kernel: Kernel, target: Target, field: str) -> None:
     """Refuses a kernel whose threads, a field of the schedule, cannot share its products."""
-    for gemm in (s for s in kernel.body if isinstance(s, Gemm)):
-        rows, cols, _ = gemm.size
-        if not divides(rows, cols, kernel.threads, target, kernel.wgmma):
-            raise ScheduleError(
-                f"{field} {kernel.threads}: its {kernel.threads // 32} warps cannot share a product of "
-                f"{rows} x {cols} evenly on {target.name}: expected 64"
-            )
+    for rows, cols in undivided(kernel, target):
+        raise ScheduleError(
+            f"{field} {kernel.threads}: its {kernel.threads // 32} warps cannot share a product of "
+            f"{rows} x {cols} evenly on {target.name}: expected 64"
+        )
+
+
+def undivided(kernel: Kernel, target: Target) -> list[tuple[int, int]]:
+    """Rows and columns of the products that the kernel's warps cannot share evenly."""
+    sizes = [s.size[:2] for s in kernel.body if isinstance(s, Gemm)]
+    return [size for size in sizes if not divides(*size, kernel.threads, target, kernel.wgmma)]
 
 
 def _check_decay(canonical: Canonical, schedule: Schedule, dtype: str) -> None:

@@ -10,13 +10,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from kdagen.ir.tensor import Adjoint
-from kdagen.ir.tile import Gemm, Kernel, verify
-from kdagen.lower import check, check_products, describe
+from kdagen.ir.tile import Kernel, verify
+from kdagen.lower import check, check_products, describe, undivided
 from kdagen.lower.gradients import lower_gradients
 from kdagen.lower.prepare import argument_buffers, lower_prepare
 from kdagen.lower.reverse import lower_reverse
 from kdagen.lower.scan import lower_replay, lower_scan
-from kdagen.lower.warps import divides
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import Keep, TrainingSchedule
 from kdagen.target import Target
@@ -55,7 +54,7 @@ def lower_training(
     wide = schedule.replace(v_tile=schedule.reverse_v_tile, scan_threads=2 * schedule.reverse_v_tile)
     reverse = ready(lower_reverse(adjoint, workspace, wide, arguments))
     gradients = ready(lower_gradients(adjoint, workspace, schedule, dtypes))
-    if not all_divide(gradients, target):  # into whole warp groups, then into warps
+    if undivided(gradients, target):  # into whole warp groups, then into warps
         gradients = dataclasses.replace(gradients, wgmma=False)
     check_products(prepare, target, "prepare_threads")
     check_products(gradients, target, "gradient_threads")
@@ -66,12 +65,6 @@ def lower_training(
     }[schedule.keep]()
     forward, backward = (prepare, scan), (*again, reverse, gradients)
     return TrainingKernels(forward, backward, _kept(schedule.keep, prepare, scan, backward))
-
-
-def all_divide(kernel: Kernel, target: Target) -> bool:
-    """Whether the warps of a kernel can share each of its products."""
-    sizes = {s.size[:2] for s in kernel.statements if isinstance(s, Gemm)}
-    return all(divides(*size, kernel.threads, target, kernel.wgmma) for size in sizes)
 
 
 def _kept(keep: Keep, prepare: Kernel, scan: Kernel, backward: tuple[Kernel, ...]) -> tuple[str, ...]:
