@@ -22,6 +22,7 @@ from kdagen.lower import lower
 from kdagen.lower.training import lower_training
 from kdagen.runtime.signature import describe
 from kdagen.schedule import DTYPES, Schedule, TrainingSchedule
+from kdagen.state import StateType
 from kdagen.target import target as find_target
 
 
@@ -54,6 +55,7 @@ def compile_stages(
     schedule: Schedule | dict | None = None,
     gate_dtype: str | None = None,
     template_folders: Sequence[str | Path] = (),
+    state: StateType = StateType(),
 ) -> Compilation:
     """Derive a recurrence's forward kernels and generate their TileLang modules.
 
@@ -65,12 +67,13 @@ def compile_stages(
         schedule: a whole schedule, or the fields in which it differs from the default.
         gate_dtype: of gates and scalars a token, `dtype` unless given.
         template_folders: folders of skeletons that come before kdagen's own.
+        state: layout and dtype of states, as they are given and returned.
 
     Raises:
         RecurrenceError: the recurrence is outside the family.
         ScheduleError, TargetError: the choices do not fit.
     """
-    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype)
+    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
     schedule = call.schedule(schedule, Schedule, default_schedule)
     kernels = lower(call.program, call.dims, call.dtypes, dtype, schedule, call.target)  # tile IR
     return Compilation(call.canonical, call.program, kernels, call.source(kernels, schedule, template_folders))
@@ -84,12 +87,13 @@ def compile_training_stages(
     schedule: TrainingSchedule | dict | None = None,
     gate_dtype: str | None = None,
     template_folders: Sequence[str | Path] = (),
+    state: StateType = StateType(),
 ) -> Compilation:
     """Derive a recurrence's kernels for training, forward and backward; arguments and errors as `compile_stages` has.
 
     The source's `passes` name the kernels of each in launch order, `kept` what passes from one to the other.
     """
-    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype)
+    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
     derived = verify_adjoint(adjoint(call.program))  # tensor IR of a chunk's backward
     schedule = call.schedule(schedule, TrainingSchedule, default_training_schedule)
     lowered = lower_training(derived, call.dims, call.dtypes, dtype, schedule, call.target)
@@ -104,9 +108,10 @@ def compile_training_stages(
 class _Call:
     """What both kinds of compilation share: what was asked for, and what follows from it before any schedule."""
 
-    def __init__(self, recurrence, head_dim, dtype: str, arch: str, gate_dtype: str | None):
+    def __init__(self, recurrence, head_dim, dtype: str, arch: str, gate_dtype: str | None, state: StateType):
         k, v = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim
         self.recurrence, self.dims, self.dtype, self.target = recurrence, {"K": k, "V": v}, dtype, find_target(arch)
+        self.state = state
         self.canonical = canonical = derive_canonical(recurrence)  # rank-one streams over one decayed state
         if not canonical.streams:
             raise RecurrenceError(
@@ -134,6 +139,7 @@ class _Call:
             self.target.name,
             tuple(a.name for a in self.canonical.arguments),
             describe(self.recurrence, self.canonical),
+            state=self.state,
         )
 
 
@@ -143,20 +149,7 @@ def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[s
         raise ScheduleError(f"dtype '{dtype}' has no kernels: expected {' or '.join(DTYPES)}")
     if gate_dtype not in (*DTYPES, "float32"):
         raise ScheduleError(f"gate_dtype '{gate_dtype}': expected {', '.join(DTYPES)} or float32")
-    gating = gates(canonical)
     return {
-        a.name: "float32" if not a.per_token else gate_dtype if not a.axis or a.name in gating else dtype
+        a.name: "float32" if not a.per_token else gate_dtype if not a.axis or a.name in canonical.gates else dtype
         for a in canonical.arguments
     }
-
-
-def gates(canonical: Canonical) -> set[str]:
-    """The arguments that decay the state and are neither keys nor values."""
-    vectors = {
-        s.name
-        for stream in canonical.streams
-        for e in (stream.x, stream.reader.y, stream.reader.z)
-        for s in e.free_symbols
-    }
-    vectors |= {s.name for e in (canonical.output.z, canonical.output.y) for s in e.free_symbols}
-    return {s.name for s in canonical.decay.free_symbols} - vectors

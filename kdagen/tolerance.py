@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 from kdagen.ir.canonical import Canonical
-from kdagen.pipeline import gates
 from kdagen.reference import recurrence_reference
 
 # Relative error below which a program computes its recurrence, as far as its operands' dtype allows.
@@ -20,7 +19,7 @@ GRADIENT_TOLERANCE = {"bfloat16": (8e-3, 2e-2), "float16": (1e-3, 2.5e-3)}
 
 def loosely(canonical: Canonical) -> set[str]:
     """Arguments whose gradients are sums of terms that cancel: what decays, a token's scalars, a head's parameters."""
-    return gates(canonical) | {a.name for a in canonical.arguments if not a.axis or not a.per_token}
+    return canonical.gates | {a.name for a in canonical.arguments if not a.axis or not a.per_token}
 
 
 def gradient_tolerance(canonical: Canonical, dtype: str) -> dict[str, float]:

@@ -6,22 +6,33 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from kdagen.state import StateType
+
 GRADIENTS = ("gradient", "partial_gradient")  # roles
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A global tensor of a kernel.
+    """A global tensor of a kernel, or (role "scalar", shape ()) an int32 passed by value.
 
-    `shape` holds ints and the symbols "B", "T", "H", "NC" (chunks: ceil(T / chunk_size)) and, in training, "NE" (ends
-    of segments: ceil(NC / segment) + 1).
+    Kernels see all tokens in a row, whatever sequences they belong to: an argument [B, T, H, K] of the op has shape
+    ("T", "H", K) here. `shape` holds ints and these symbols:
+
+    T, N, N1     tokens of all sequences together; sequences; N + 1
+    H, HV        heads of keys; of values, a multiple of H
+    NC           slots of chunks: T // chunk_size + N. Sequence s has those from cu_seqlens[s] // chunk_size + s on
+    NG           slots of segments, in training: T // (chunk_size * segment) + N, likewise
+    NS           slots of states that are returned: T // states_every, 0 where none are asked for
+    S, W         slots of a state pool; columns of its indices
     """
 
     name: str
     shape: tuple[int | str, ...]
-    dtype: str  # "bfloat16", "float16", "float32"
-    # "argument", "initial_state", "workspace", "out", "final_state"; in training also "d_out", "d_final_state" (given),
-    # "d_initial_state", "gradient" (of the argument of that name), "partial_gradient" (a chunk's, to be summed)
+    dtype: str  # "bfloat16", "float16", "float32", "int32"
+    # Given: "argument", "initial_state", "cu_seqlens" [N1], "scalar"; in training also "d_out", "d_final_state"; in
+    # decoding "state_pool", "state_indices" [N, W], "num_accepted_tokens" [N].
+    # Made: "workspace", "out", "final_state", "states"; in training also "d_initial_state", "gradient" (of the argument
+    # of that name, but with HV heads), "partial_gradient" (a chunk's, to be summed); in decoding "new_state_pool".
     role: str
 
     @property
@@ -35,7 +46,7 @@ class KernelSource:
     """A generated TileLang module: its function `name` returns the PrimFunc, which takes `params` in order."""
 
     name: str  # "kda_prepare"; also the entry's name
-    family: str  # "prepare", "scan" or "output"; in training also those of kdagen.lower.training
+    family: str  # "index", "prepare", "scan", "output" or "decode"; in training also those of kdagen.lower.training
     text: str
     params: tuple[TensorSpec, ...]
     threads: int
@@ -47,7 +58,8 @@ class KernelSource:
 class OpSource:
     """The kernels of one op, in launch order, and all that a runtime without a compiler must know.
 
-    In training, `kernels` holds each kernel once, and `passes` says which of them the forward and the backward run.
+    In training, `kernels` holds each kernel once, and `passes` says which of them the forward and the backward run; in
+    decoding the only pass is "decode".
     """
 
     name: str  # op name, "kda"
@@ -59,8 +71,9 @@ class OpSource:
     target: str
     arguments: tuple[str, ...] = ()  # names in the order in which the op takes them; those of `kernels` if empty
     recurrence: dict | None = None  # what it computes, as kdagen.runtime.signature.describe writes it
-    passes: dict | None = None  # in training: the names of the kernels of "forward" and "backward", in launch order
+    passes: dict | None = None  # names of the kernels of "forward" and "backward", or of "decode", in launch order
     kept: tuple[str, ...] = ()  # in training: the workspaces that the forward leaves for the backward
+    state: StateType = StateType()  # how states are given and returned
 
     @property
     def training(self) -> bool:
@@ -68,7 +81,7 @@ class OpSource:
         return "backward" in (self.passes or {})
 
     def kernels_of(self, which: str) -> tuple[KernelSource, ...]:
-        """The kernels of the "forward" or the "backward", in launch order."""
+        """The kernels of the "forward", the "backward" or the "decode", in launch order."""
         if self.passes is None:
             return self.kernels if which == "forward" else ()
         named = {k.name: k for k in self.kernels}
@@ -96,6 +109,7 @@ class OpSource:
                     "recurrence": self.recurrence,
                     "passes": self.passes or {"forward": [k.name for k in self.kernels]},
                     "kept": self.kept,
+                    "state": dataclasses.asdict(self.state),
                     "tensors": tensors,
                     "kernels": kernels,
                 }

@@ -25,7 +25,7 @@ class Intra(str, Enum):
 
 @dataclass(frozen=True)
 class Argument:
-    """An input of the recurrence. Tensor shape: [B, T, H, axis] a token, [H, axis] otherwise."""
+    """An input of the recurrence. Tensor shape: [B, T, heads, axis] a token, [HV, axis] otherwise (Canonical.heads)."""
 
     name: str
     axis: str  # "K", "V", or "" for a scalar a head
@@ -88,6 +88,20 @@ class Canonical:
     def readers(self) -> tuple[Reader, ...]:
         """Solving streams' readers, then the output."""
         return tuple(self.streams[i].reader for i in self.solving) + (self.output,)
+
+    @property
+    def gates(self) -> frozenset[str]:
+        """The arguments that decay the state and are neither keys nor values."""
+        readers = [s.reader for s in self.streams] + [self.output]
+        vectors = [*(s.x for s in self.streams), *(e for r in readers for e in (r.y, r.z))]
+        return frozenset(
+            map(str, self.decay.free_symbols - {s for e in vectors for s in sympy.sympify(e).free_symbols})
+        )
+
+    def heads(self, argument: Argument) -> str:
+        """Which heads an argument has: "H" for keys, which a group of value heads may share, else "HV"."""
+        key = argument.per_token and argument.axis == "K" and argument.name not in self.gates
+        return "H" if key else "HV"
 
     @property
     def secondary_matrices(self) -> int:
