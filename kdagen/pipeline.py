@@ -22,7 +22,7 @@ from kdagen.lower import lower
 from kdagen.lower.training import lower_training
 from kdagen.runtime.signature import describe
 from kdagen.schedule import DTYPES, Schedule, TrainingSchedule
-from kdagen.state import StateType
+from kdagen.state import DEFAULT, StateType
 from kdagen.target import target as find_target
 
 
@@ -55,7 +55,7 @@ def compile_stages(
     schedule: Schedule | dict | None = None,
     gate_dtype: str | None = None,
     template_folders: Sequence[str | Path] = (),
-    state: StateType = StateType(),
+    state: StateType = DEFAULT,
 ) -> Compilation:
     """Derive a recurrence's forward kernels and generate their TileLang modules.
 
@@ -87,7 +87,7 @@ def compile_training_stages(
     schedule: TrainingSchedule | dict | None = None,
     gate_dtype: str | None = None,
     template_folders: Sequence[str | Path] = (),
-    state: StateType = StateType(),
+    state: StateType = DEFAULT,
 ) -> Compilation:
     """Derive a recurrence's kernels for training, forward and backward; arguments and errors as `compile_stages` has.
 

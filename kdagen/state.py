@@ -39,3 +39,6 @@ class StateType:
         """What tells a variant from the default one: "" for it, else such as "vk.bf16"."""
         parts = ["vk"] * (self.layout == "VK") + ["bf16"] * (self.dtype == "bfloat16")
         return ".".join(parts)
+
+
+DEFAULT = StateType()

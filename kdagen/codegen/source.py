@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from kdagen.state import StateType
+from kdagen.state import DEFAULT, StateType
 
 GRADIENTS = ("gradient", "partial_gradient")  # roles
 
@@ -73,7 +73,7 @@ class OpSource:
     recurrence: dict | None = None  # what it computes, as kdagen.runtime.signature.describe writes it
     passes: dict | None = None  # names of the kernels of "forward" and "backward", or of "decode", in launch order
     kept: tuple[str, ...] = ()  # in training: the workspaces that the forward leaves for the backward
-    state: StateType = StateType()  # how states are given and returned
+    state: StateType = DEFAULT  # how states are given and returned
 
     @property
     def training(self) -> bool:
