@@ -15,7 +15,7 @@ from kdagen.errors import ScheduleError
 from kdagen.ir.tile import Buffer, ColSum, Copy, Gemm, Kernel, Map, RowSum, Statement, Wait, base
 from kdagen.ir.tile_cost import bytes_a_token
 
-SYMBOLS = {"B": "B", "H": "H", "T": "tokens", "NC": "NC", "NE": "NE"}
+SYMBOLS = {"T": "tokens", **{s: s for s in ("N", "N1", "H", "HV", "NC", "NG", "NS", "S", "W")}}
 
 
 @cache

@@ -15,12 +15,15 @@ from functools import cache
 
 from kdagen.errors import KdagenError
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor in one memory; `role` says what a global one is to the op (see codegen.source.TensorSpec)."""
+    """A tensor in one memory; `role` says what a global one is to the op (see codegen.source.TensorSpec).
+
+    A global one of role "scalar" is an integer passed by value, which expressions name without a subscript.
+    """
 
     name: str
     shape: tuple[int | str, ...]
@@ -111,13 +114,14 @@ class Kernel:
     """One kernel: its blocks run over `grid`; the skeleton decides how `loads`, `body` and `stores` are sequenced.
 
     In a kernel without a chunk loop (prepare, output) they run once. In a scan, `before` and `after` stand
-    around the loop over chunks, and every iteration runs loads, body, stores.
+    around the loop over chunks, and every iteration runs loads, body, stores. `lets` name what a block knows of its
+    place: integers, from the grid's indices and the tensors that say which tokens are whose.
     """
 
     name: str
     family: str
     skeleton: str
-    grid: tuple[tuple[str, str], ...]  # (index name, extent), x first
+    grid: tuple[tuple[str, str], ...]  # (index name, extent), x first: the only one that may be over 65,535
     threads: int
     stages: int
     buffers: tuple[Buffer, ...]
@@ -126,6 +130,7 @@ class Kernel:
     stores: tuple[Statement, ...]
     before: tuple[Statement, ...] = ()
     after: tuple[Statement, ...] = ()
+    lets: tuple[tuple[str, str], ...] = ()
     doc: tuple[str, ...] = field(default=())
     chunk_size: int = 0
     segment: int = 1  # chunks that a block of a gradients kernel takes
@@ -213,6 +218,8 @@ def verify(kernel: Kernel) -> Kernel:
     buffers = {b.name: b for b in kernel.buffers}
     if len(buffers) != len(kernel.buffers):
         raise KdagenError(f"{kernel.name}: a buffer is declared twice: {sorted(b.name for b in kernel.buffers)}")
+    for name, text in kernel.lets:
+        _verify_text(kernel, text, buffers, f"{name} = {text}")
     for statement in kernel.statements:
         _verify_names(kernel, statement, buffers)
         if isinstance(statement, Gemm):
@@ -225,11 +232,17 @@ def _verify_names(kernel: Kernel, statement: Statement, buffers: dict[str, Buffe
         if name not in buffers:
             raise KdagenError(f"{kernel.name}: '{statement.eq or statement}' uses '{name}', which is no buffer of it")
     for text, _ in texts(statement):
-        for name, rank in subscripts(text):
-            if rank != len(buffers[name].shape):
-                raise KdagenError(
-                    f"{kernel.name}: '{text}' gives {rank} indices to {name}, which has shape {buffers[name].shape}"
-                )
+        _verify_text(kernel, text, buffers, text)
+
+
+def _verify_text(kernel: Kernel, text: str, buffers: dict[str, Buffer], said: str) -> None:
+    for name, rank in subscripts(text):
+        if name not in buffers:
+            raise KdagenError(f"{kernel.name}: '{said}' uses '{name}', which is no buffer of it")
+        if rank != len(buffers[name].shape):
+            raise KdagenError(
+                f"{kernel.name}: '{text}' gives {rank} indices to {name}, which has shape {buffers[name].shape}"
+            )
 
 
 def _verify_gemm(kernel: Kernel, gemm: Gemm, buffers: dict[str, Buffer]) -> None:
@@ -245,6 +258,7 @@ def show(kernel: Kernel) -> str:
     """A kernel as text, one statement a line."""
     lines = [f"{kernel.family} {kernel.name} <{kernel.skeleton}, {kernel.threads} threads> over {kernel.grid}"]
     lines += [f"  {b.scope} {b.name}: {b.dtype}{list(b.shape)} {b.role}".rstrip() for b in kernel.buffers]
+    lines += [f"  let {name} = {text}" for name, text in kernel.lets]
     for part in ("before", "loads", "body", "stores", "after"):
         lines += [f"  {part}: {_line(s)}" for s in getattr(kernel, part)]
     return "\n".join(lines)
