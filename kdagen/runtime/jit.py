@@ -27,8 +27,8 @@ class JustInTime:
 
     def __init__(self, recurrence, options: Options, spec: str):
         self.recurrence, self.options, self.spec = recurrence, options, spec
-        self._sources: dict[tuple[str, bool], object] = {}
-        self._loaded: dict[tuple[str, bool], LoadedOp] = {}
+        self._sources: dict[tuple[str, str], object] = {}
+        self._loaded: dict[tuple[str, str], LoadedOp] = {}
         self._lock = threading.Lock()
 
     @property
@@ -36,42 +36,51 @@ class JustInTime:
         """The build folder that is looked in."""
         return Path(self.options.build_dir) if self.options.build_dir else debug.build_dir()
 
-    def source(self, gpu: Target, training: bool = False):
+    def source(self, gpu: Target, purpose: str = "inference"):
         """The OpSource for a target; generated once."""
-        if (gpu.name, training) not in self._sources:
-            from kdagen import pipeline
+        if (gpu.name, purpose) not in self._sources:
+            o, (make, schedule) = self.options, self._compiler(purpose)
+            self._sources[gpu.name, purpose] = make(
+                self.recurrence, o.head_dim, o.dtype, gpu.name, schedule, o.gate_dtype,
+                template_folders=o.templates, state=o.state,
+            )  # fmt: skip
+        return self._sources[gpu.name, purpose]
 
-            o = self.options
-            make, schedule = (
-                (pipeline.compile_training, training_schedule(o)) if training else (pipeline.compile_op, o.schedule)
-            )
-            self._sources[gpu.name, training] = make(
-                self.recurrence, o.head_dim, o.dtype, gpu.name, schedule, o.gate_dtype, template_folders=o.templates
-            )
-        return self._sources[gpu.name, training]
+    def _compiler(self, purpose: str) -> tuple:
+        """What makes the kernels of a purpose, and the fields of their schedule that were chosen."""
+        from kdagen import pipeline
 
-    def fitting(self, tensors: dict, capability: str, training: bool = False) -> LoadedOp:
-        """The kernels for these arguments on a GPU of compute capability "9.0"; built if they are nowhere."""
-        gpu = self.target(capability)
-        which = gpu.name, training
-        if problem := (self._loaded.get(which) or self._unbuilt(gpu, training)).mismatch(tensors, capability):
+        if purpose == "decode":
+            return pipeline.compile_decode, self.options.decode_schedule
+        if purpose == "training":
+            return pipeline.compile_training, training_schedule(self.options)
+        return pipeline.compile_op, self.options.schedule
+
+    def fitting(self, tensors: dict, capability: str, purpose: str = "inference", training: bool = False) -> LoadedOp:
+        """The kernels for these arguments on a GPU of compute capability "9.0"; built if they are nowhere.
+
+        `purpose` is "inference", "training" or "decode".
+        """
+        gpu, purpose = self.target(capability), "training" if training else purpose
+        which = gpu.name, purpose
+        if problem := (self._loaded.get(which) or self._unbuilt(gpu, purpose)).mismatch(tensors, capability):
             raise ArgumentError(
                 f"{self.recurrence.name}: {problem}. Convert it, or compile for it: kg.compile(..., head_dim=(K, V), "
-                f"dtype=..., gate_dtype=...) gives {manifests.variant(self.source(gpu, training).plan())} now"
+                f"dtype=..., gate_dtype=...) gives {manifests.variant(self.source(gpu, purpose).plan())} now"
             )
         with self._lock:
             if which not in self._loaded:
-                self._loaded[which] = load_op(self.find(gpu, training) or self.build(gpu, training))
+                self._loaded[which] = load_op(self.find(gpu, purpose) or self.build(gpu, purpose))
             return self._loaded[which]
 
-    def planned(self, tensors: dict, capability: str | None = None) -> LoadedOp:
-        """The kernels for training as they are, or would be, built: for their shapes; no kernel is looked for."""
+    def planned(self, tensors: dict, capability: str | None = None, purpose: str = "training") -> LoadedOp:
+        """The kernels as they are, or would be, built: for their shapes; no kernel is looked for."""
         gpu = self.target(capability) if capability else self._likely_target()
-        return self._loaded.get((gpu.name, True)) or self._unbuilt(gpu, True)
+        return self._loaded.get((gpu.name, purpose)) or self._unbuilt(gpu, purpose)
 
-    def _unbuilt(self, gpu: Target, training: bool) -> LoadedOp:
+    def _unbuilt(self, gpu: Target, purpose: str) -> LoadedOp:
         """The kernels as they would be built: arguments that these do not take are refused before that."""
-        return LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": self.source(gpu, training).plan()})
+        return LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": self.source(gpu, purpose).plan()})
 
     def target(self, capability: str) -> Target:
         """The target of the GPU at hand; an arch that was asked for must run on it."""
@@ -92,17 +101,17 @@ class JustInTime:
             )
         return gpu
 
-    def find(self, gpu: Target, training: bool = False) -> Path | None:
+    def find(self, gpu: Target, purpose: str = "inference") -> Path | None:
         """The folder of kernels that were built already."""
-        return find_built(self.source(gpu, training), [self.folder])
+        return find_built(self.source(gpu, purpose), [self.folder])
 
     def where(self, place: Path) -> str:
         """How people call the place in which kernels were found."""
         return "build folder" if self.folder in place.parents else "cache"
 
-    def build(self, gpu: Target, training: bool = False) -> Path:
+    def build(self, gpu: Target, purpose: str = "inference") -> Path:
         """Compiles the kernels into the cache; another process that wants the same waits for it."""
-        source = self.source(gpu, training)
+        source = self.source(gpu, purpose)
         self._check_toolchain(gpu, source)
         from kdagen.build.builder import build_cached
 

@@ -12,11 +12,12 @@ import math
 from pathlib import Path
 
 from kdagen.errors import ArtefactError
+from kdagen.state import StateType
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
-LEAD = ("B", "H", "NC")  # dimensions of what there is one of for each chunk of a head
+LEAD = ("HV", "NC")  # dimensions of what there is one of for each chunk of a head
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -34,8 +35,8 @@ def digest(source) -> str:
 def variant(plan: dict) -> str:
     """The folder of an op's kernels for one target, dtype and head dims: "sm90-bf16-128x128".
 
-    Arguments a token of another dtype than the op's are named too, and so are kernels for training:
-    "sm90-bf16-128x128-beta.g.fp32-training".
+    Arguments a token of another dtype than the op's are named too, and so are states that are not as by default, and
+    what the kernels are for, if not inference: "sm90-bf16-128x128-beta.g.fp32-state.vk-training".
     """
     dims, dtype = plan["dims"], plan["dtype"]
     others: dict[str, list[str]] = {}
@@ -43,8 +44,20 @@ def variant(plan: dict) -> str:
         if tensor["role"] == "argument" and "T" in tensor["shape"] and tensor["dtype"] != dtype:
             others.setdefault(SHORT[tensor["dtype"]], []).append(tensor["name"])
     named = [".".join([*sorted(names), short]) for short, names in sorted(others.items())]
-    purpose = ["training"] if "backward" in (plan.get("passes") or {}) else []
-    return "-".join([plan["target"], SHORT[dtype], f"{dims['K']}x{dims['V']}", *named, *purpose])
+    state = [f"state.{name}"] if (name := state_type(plan).name) else []
+    what_for = [purpose(plan)] if purpose(plan) != "inference" else []
+    return "-".join([plan["target"], SHORT[dtype], f"{dims['K']}x{dims['V']}", *named, *state, *what_for])
+
+
+def state_type(plan: dict) -> StateType:
+    """How an op's states are given and returned."""
+    return StateType(**plan.get("state", {}))
+
+
+def purpose(plan: dict) -> str:
+    """What kernels are for: "inference", "training" or "decode"."""
+    passes = plan.get("passes") or {}
+    return "decode" if "decode" in passes else "training" if "backward" in passes else "inference"
 
 
 def memory(plan: dict) -> tuple[float, float, float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kdagen import zoo
 from kdagen.errors import ArgumentError
 from kdagen.runtime.checks import short
 from kdagen.schedule import DTYPES, Keep, Schedule
+from kdagen.state import DEFAULT, StateType
 from kdagen.target import target
 
 GATE_DTYPES = (*DTYPES, "float32")
@@ -27,10 +28,12 @@ class Options:
     build_dir: str | None = None
     keep: Keep = Keep.STATES
     training_schedule: dict | None = None  # the fields in which training's differs; what it keeps is `keep`
+    state: StateType = DEFAULT
+    decode_schedule: dict | None = None  # the fields in which decoding's differs
 
     def json(self) -> dict:
         """What tells these options from others, the text of the skeletons included."""
-        fields = {**vars(self), "schedule": _fields(self.schedule), "training_schedule": self.training_schedule}
+        fields = {**vars(self), "schedule": _fields(self.schedule), "state": asdict(self.state)}
         texts = [
             (path.name, path.read_text()) for folder in self.templates for path in sorted(Path(folder).glob("*.j2"))
         ]
@@ -45,14 +48,17 @@ class Options:
             *_choices("--schedule", self.schedule),
             *([("--keep", self.keep.value)] if self.keep != Options.keep else []),
             *_choices("--training-schedule", self.training_schedule),
+            *_choices("--decode-schedule", self.decode_schedule),
+            *([("--state-layout", self.state.layout)] if self.state.layout != DEFAULT.layout else []),
+            *([("--state-dtype", self.state.dtype)] if self.state.dtype != DEFAULT.dtype else []),
             *(("--templates", folder) for folder in self.templates),
         ]
         return [word for pair in pairs for word in pair]
 
 
-def _fields(schedule: Schedule | dict | None) -> dict:
-    """The fields that were chosen."""
-    return schedule.fields() if isinstance(schedule, Schedule) else dict(schedule or {})
+def _fields(schedule) -> dict:
+    """The fields that were chosen, of a schedule or of a dict."""
+    return schedule.fields() if hasattr(schedule, "fields") else dict(schedule or {})
 
 
 def _choices(option: str, schedule: Schedule | dict | None):
@@ -60,7 +66,18 @@ def _choices(option: str, schedule: Schedule | dict | None):
 
 
 def options(
-    head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep=Keep.STATES, training_schedule=None
+    head_dim,
+    dtype,
+    arch,
+    schedule,
+    gate_dtype,
+    templates,
+    build_dir,
+    keep=Keep.STATES,
+    training_schedule=None,
+    state_layout: str = DEFAULT.layout,
+    state_dtype=DEFAULT.dtype,
+    decode_schedule=None,
 ) -> Options:
     """Options as plain data; what no schedule or GPU could take is refused here."""
     dims = (head_dim, head_dim) if isinstance(head_dim, int) else tuple(head_dim)
@@ -80,7 +97,9 @@ def options(
     if (keep := training.pop("keep", keep)) not in list(Keep):
         raise ArgumentError(f"keep = {keep!r}: expected one of {', '.join(k.value for k in Keep)}")
     chip = target(arch).name if arch else None
-    return Options(dims, name, chip, schedule, gates, folders, place, Keep(keep), training or None)
+    state = StateType(state_layout, short(state_dtype))
+    decode = _fields(decode_schedule) or None
+    return Options(dims, name, chip, schedule, gates, folders, place, Keep(keep), training or None, state, decode)
 
 
 def wide_arguments(canonical, chosen: Options) -> tuple[str, ...]:
