@@ -49,7 +49,7 @@ class _ChunkForm:
 
     def __init__(self, canonical: Canonical):
         self.canonical = canonical
-        self.prepare = Prepare(_used_arguments(canonical))
+        self.prepare = Prepare(used_arguments(canonical))
         self.solving = canonical.solving
         self.others = tuple(i for i in range(len(canonical.streams)) if i not in self.solving)
         self.rows = rows(len(self.solving))
@@ -283,7 +283,7 @@ def _sum_of_products(terms: Iterable[Term]) -> str:
     return " + ".join(map(str, terms))
 
 
-def _used_arguments(canonical: Canonical) -> list[Argument]:
+def used_arguments(canonical: Canonical) -> list[Argument]:
     """Arguments that the canonical form still mentions, in the order in which the user named them."""
     readers = [s.reader for s in canonical.streams] + [canonical.output]
     expressions = [canonical.decay, *(s.x for s in canonical.streams)]

@@ -1,6 +1,7 @@
-"""The prepare section of a chunk form under construction: each expression becomes a value once, under a unique name.
+"""What does not read the state, under construction: each expression becomes a value once, under a unique name.
 
-kdagen.derive.chunk says which expressions; here they are broken into ops.
+kdagen.derive.chunk says which expressions a chunk needs, kdagen.derive.step which a token; here they are broken into
+ops.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ RESERVED = ("S", "S_kept", "S_next", "R", "P", "O")  # values of scan and output
 
 
 class Prepare:
-    """Ops so far, arguments loaded first."""
+    """Ops so far, arguments loaded first. What differs from token to token has the dims `rows` before its own."""
 
-    def __init__(self, arguments: Iterable[Argument]):
+    def __init__(self, arguments: Iterable[Argument], rows: tuple[str, ...] = ("C",)):
         self.ops: list[Op] = []
+        self.rows = rows
         self.names = set(RESERVED)
         self.made: dict[sympy.Expr, Value] = {}
         self.loads: dict[sympy.Symbol, Value] = {}
         self.axes = {a.symbol: a.axis for a in arguments}
         for a in arguments:
-            dims = tuple(d for d in ("C" if a.per_token else "", a.axis) if d)
+            dims = (*(rows if a.per_token else ()), *filter(None, (a.axis,)))
             self.loads[a.symbol] = self.add(Load(self.fresh(a.name, *dims), a, eq=a.name))
 
     def add(self, op: Op) -> Value:
@@ -44,7 +46,7 @@ class Prepare:
 
     def token(self, name: str, expr: sympy.Expr, axis: str) -> Value:
         """A value a token (and channel of `axis`), zero past the sequence's end."""
-        expr, dims = sympy.sympify(expr), ("C", axis) if axis else ("C",)
+        expr, dims = sympy.sympify(expr), (*self.rows, *filter(None, (axis,)))
         if expr in self.loads and self.loads[expr].dims == dims:
             return self.loads[expr]
         if (expr, dims) not in self.made:
@@ -53,7 +55,7 @@ class Prepare:
             if operands and operands[0].dims == dims and lowered == operands[0].symbol:
                 return operands[0]
             out = self.fresh(name, *dims)
-            self.made[expr, dims] = self.map(out, lowered, operands, f"{out.name} = {expr}", zero_past_end=True)
+            self.made[expr, dims] = self.map(out, lowered, operands, f"{out.name} = {expr}", bool(self.rows))
         return self.made[expr, dims]
 
     def map(
@@ -76,8 +78,8 @@ class Prepare:
             terms = total.args[0]
             axis = axis_of(terms, self.axes)
             number = 1 + sum(isinstance(e, ChannelSum) for e in self.made)
-            a = self.token(f"terms{number}", terms, axis)
-            self.made[total] = self.add(RowSum(self.fresh(f"sum{number}", "C"), a, eq=f"sum over {axis} of {terms}"))
+            a, out = self.token(f"terms{number}", terms, axis), self.fresh(f"sum{number}", *self.rows)
+            self.made[total] = self.add(RowSum(out, a, eq=f"sum over {axis} of {terms}"))
         return self.made[total]
 
 

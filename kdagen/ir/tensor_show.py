@@ -28,40 +28,40 @@ from kdagen.ir.tensor import (
 
 def show(program: Program) -> str:
     """The program, section by section."""
-    state, after, out = (_typed(v) for v in (program.state, program.next_state, program.out))
+    state, after, out = (typed(v) for v in (program.state, program.next_state, program.out))
     return _text(f"program {program.canonical.name}: {state} -> {after}, {out}", program, "prepare", "scan", "output")
 
 
 def show_adjoint(adjoint: Adjoint) -> str:
     """The backward, section by section."""
-    given = ", ".join(_typed(v) for v in (adjoint.d_out, adjoint.d_next_state))
+    given = ", ".join(typed(v) for v in (adjoint.d_out, adjoint.d_next_state))
     made = {f"d {a.name}": v.name if v else "0" for a, v in adjoint.results}
     results = ", ".join(f"{name} = {value}" for name, value in made.items())
-    head = f"adjoint {adjoint.forward.canonical.name}: {given} -> {_typed(adjoint.d_state)}; {results}"
+    head = f"adjoint {adjoint.forward.canonical.name}: {given} -> {typed(adjoint.d_state)}; {results}"
     return _text(head, adjoint, "recompute", "reverse", "gradients")
 
 
 def _text(head: str, program, *sections: str) -> str:
     lines = [head]
     for section in sections:
-        ops = [(_left(op), _right(op), op.eq) for op in getattr(program, section)]
-        lines += ["", f"{section}:"] + [_line(*op) for op in ops]
+        ops = [(_left(op), right(op), op.eq) for op in getattr(program, section)]
+        lines += ["", f"{section}:"] + [line(*op) for op in ops]
     return "\n".join(lines) + "\n"
 
 
-def _line(left: str, right: str, eq: str) -> str:
+def line(left: str, right: str, eq: str) -> str:
     return f"  {left:16} = {right:44} # {eq}".rstrip(" #") if eq else f"  {left:16} = {right}"
 
 
-def _typed(value: Value) -> str:
+def typed(value: Value) -> str:
     return f"{value.name}[{', '.join(value.dims)}]"
 
 
 def _left(op: Op) -> str:
-    return ", ".join(map(_typed, writes(op)))
+    return ", ".join(map(typed, writes(op)))
 
 
-def _right(op: Op) -> str:
+def right(op: Op) -> str:
     match op:
         case Load():
             return f"load {op.argument.name}"
