@@ -37,6 +37,14 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Scalar:
+    """An integer that the caller passes by value."""
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Descriptor:
     """A TMA descriptor that the host encodes (cuTensorMapEncodeTiled's arguments); entries are C expressions."""
 
@@ -52,7 +60,7 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What the kernel itself takes, in order: "tensor" (a pointer), "descriptor", or "scalar" (a dynamic dimension)."""
+    """What a kernel takes, in order: "tensor" (a pointer), "descriptor", or "scalar" (given, or a dimension)."""
 
     name: str
     kind: str
@@ -65,8 +73,8 @@ class Lowered:
 
     kernel: str  # symbol in the source
     source: str  # CUDA, or HIP
-    tensors: tuple[Tensor, ...]
-    symbols: tuple[str, ...]  # dynamic dimensions, as they first appear in `tensors`
+    arguments: tuple[Tensor | Scalar, ...]  # what the caller passes, in order
+    symbols: tuple[str, ...]  # dynamic dimensions, as they first appear in `arguments`
     parameters: tuple[Parameter, ...]
     descriptors: tuple[Descriptor, ...]
     grid: tuple[str, str, str]
@@ -74,6 +82,11 @@ class Lowered:
     shared_bytes: int  # dynamic shared memory
     device_module: object
     host_module: object
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The arguments that are tensors."""
+        return tuple(a for a in self.arguments if isinstance(a, Tensor))
 
 
 def trace(text: str, entry: str, filename: str):
@@ -93,7 +106,9 @@ def lower(prim_func, target: Target) -> Lowered:
         tvm_target = _tvm_target(target)
         with tvm_target, tilelang.tvm.transform.PassContext(config=_config(prim_func)):
             artefact = tilelang.lower(prim_func, target=tvm_target)
-        return _lowered(prim_func, artefact)
+        lowered = _lowered(prim_func, artefact)
+        _check_offsets(lowered)
+        return lowered
 
 
 def _config(prim_func) -> dict:
@@ -165,13 +180,13 @@ def _lowered(prim_func, artefact) -> Lowered:
     (device,) = artefact.device_mod.functions.values()
     (host,) = artefact.host_mod.functions.values()
     descriptors = tuple(_descriptor(list(a)) for _, a in (host.attrs.get("tma_descriptor_args") or {}).items())
-    buffers = [prim_func.buffer_map[p] for p in prim_func.params]
+    buffers = prim_func.buffer_map
     extent = {str(k): _c(v) for k, v in device.attrs["thread_extent"].items()}
     return Lowered(
         kernel=str(device.attrs["global_symbol"]),
         source=artefact.kernel_source,
-        tensors=tuple(Tensor(b.data.name, str(b.dtype), tuple(map(_c, b.shape))) for b in buffers),
-        symbols=_symbols(buffers),
+        arguments=tuple(_argument(p, buffers.get(p)) for p in prim_func.params),
+        symbols=_symbols([buffers[p] for p in prim_func.params if p in buffers]),
         parameters=tuple(_parameter(p, {d.name for d in descriptors}) for p in device.params),
         descriptors=descriptors,
         grid=tuple(extent.get(f"blockIdx.{d}", "1") for d in DIMS),
@@ -180,6 +195,47 @@ def _lowered(prim_func, artefact) -> Lowered:
         device_module=artefact.device_mod,
         host_module=artefact.host_mod,
     )
+
+
+def _argument(parameter, buffer) -> Tensor | Scalar:
+    if buffer is None:
+        return Scalar(parameter.name, str(parameter.dtype))
+    return Tensor(buffer.data.name, str(buffer.dtype), tuple(map(_c, buffer.shape)))
+
+
+def _check_offsets(lowered: Lowered) -> None:
+    """Refuses 32-bit products of dimensions in addresses: tensors are larger. (This TileLang takes 64 bits.)"""
+    if found := narrow_offsets(lowered):
+        raise ToolchainError(
+            f"{lowered.kernel}: addresses of {', '.join(sorted(found))} are computed in 32 bits, so that large tensors "
+            f"would be read elsewhere: kdagen expects tilelang 0.1.15"
+        )
+
+
+def narrow_offsets(lowered: Lowered) -> set[str]:
+    """The global tensors that are indexed with a product of dynamic dimensions in 32 bits."""
+    from tvm import tirx
+
+    (device,) = lowered.device_module.functions.values()
+    scalars = {p.name for p in device.params if str(p.dtype) != "handle"}
+    tensors = {p.name for p in device.params if str(p.dtype) == "handle"}
+
+    def dynamic(e) -> bool:
+        return bool(nodes(e, lambda n: isinstance(n, tirx.Var) and n.name in scalars))
+
+    def narrow(e) -> bool:
+        return bool(nodes(e, lambda n: isinstance(n, tirx.Mul) and str(n.dtype) == "int32" and dynamic(n)))
+
+    found = set()
+    for n in nodes(device.body, lambda n: isinstance(n, (tirx.BufferLoad, tirx.BufferStore, tirx.Call))):
+        if isinstance(n, tirx.Call):  # tvm_access_ptr(type, data, offset, extent, mask)
+            named = [a.name for a in n.args[1:2] if isinstance(a, tirx.Var)]
+            name, indices = (named or [""])[0], n.args[2:3] if str(n.op.name).endswith("access_ptr") else []
+        else:
+            name, indices = n.buffer.data.name, n.indices
+        if name in tensors and any(map(narrow, indices)):
+            found.add(name)
+    return found
 
 
 def _symbols(buffers) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ class Built:
     target: str
     folder: Path
     kernels: tuple[dict, ...]  # each kernel's report, with "cached"
-    training: bool = False
+    purpose: str = "inference"
 
 
 def build(sources: Sequence, out_dir: Path, jobs: int | None = None, progress: Progress | None = None) -> list[Built]:
@@ -81,7 +81,7 @@ def job_key(job: Job) -> str:
     """The cache key of a kernel: its text and all that will work on it."""
     gpu = target(job.target)
     compiler = toolchain.find_nvcc().version if gpu.compiles else None
-    made_from = {**job_fields(job), "schedule": None, "training": None}  # for messages: the text says it all
+    made_from = {**job_fields(job), "schedule": None, "purpose": None}  # for messages: the text says it all
     return key({"job": made_from, "arch": gpu.arch, "nvcc": compiler, "flags": toolchain.NVCC_FLAGS, **_versions()})
 
 
@@ -104,7 +104,7 @@ def _jobs(source) -> list[Job]:
 def _write(source, entries, out_dir: Path) -> Built:
     files, contents, kernels = _assemble(source, entries)
     place = folders.write_op(out_dir, source.name, manifests.variant(contents["plan"]), files, contents)
-    return Built(source.name, source.target, place, kernels, source.training)
+    return Built(source.name, source.target, place, kernels, manifests.purpose(contents["plan"]))
 
 
 def _assemble(source, entries) -> tuple[list[Path], dict, tuple[dict, ...]]:

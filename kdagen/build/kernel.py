@@ -16,9 +16,11 @@ from pathlib import Path
 from kdagen.build import toolchain
 from kdagen.build.launcher import launcher_source
 from kdagen.errors import ScheduleError, ToolchainError
+from kdagen.runtime import manifest as manifests
 from kdagen.target import Target, target
 
 REPORT = "report.json"
+PURPOSES = ("inference", "training", "decode")
 MAX_THREADS = 1024
 KIB = 1024
 # The schedule's fields that decide how much shared memory, or how many threads, a family of kernels takes.
@@ -29,11 +31,13 @@ SHARED_FIELDS = {
     "replay": ("stages", "v_tile", "chunk_size"),
     "reverse": ("stages", "v_tile", "chunk_size"),
     "gradients": ("chunk_size",),
+    "decode": ("v_tile",),
 }
 THREAD_FIELDS = {
     "prepare": ("prepare_threads",),
     **dict.fromkeys(("scan", "output", "replay", "reverse"), ("scan_threads",)),
     "gradients": ("gradient_threads",),
+    "decode": ("threads",),
 }
 
 
@@ -44,10 +48,10 @@ class Job:
     name: str
     family: str
     text: str
-    params: list[dict]  # name and dtype of each tensor, in order
+    params: list[dict]  # name and dtype of each argument, in order, and whether it is passed by value
     schedule: dict
     target: str
-    training: bool = False  # for people: the kernel may serve inference as well
+    purpose: str = "inference"  # for people: a kernel for training may serve inference as well
 
 
 def compile_kernel(job: Job, folder: Path, say: Callable[[str], None] = lambda stage: None) -> None:
@@ -62,7 +66,7 @@ def compile_kernel(job: Job, folder: Path, say: Callable[[str], None] = lambda s
         lowered = adapter.lower(adapter.trace(job.text, job.name, module.name), gpu)
     except ToolchainError as error:
         raise ToolchainError(f"{error} (the module: {toolchain.keep_failed(module) / module.name})") from error
-    _check_tensors(job, lowered)
+    _check_arguments(job, lowered)
     check_threads(job, lowered)
     check_shared(job, gpu, lowered.shared_bytes)
     report = {
@@ -102,14 +106,19 @@ def _source_only(job: Job, lowered, folder: Path) -> dict:
     return {"code": hip.name, "library": None, **unknown, "warnings": []}
 
 
-def _check_tensors(job: Job, lowered) -> None:
+def _check_arguments(job: Job, lowered) -> None:
     """The module's parameters are those that the plan will pass."""
-    wanted, found = [p["dtype"] for p in job.params], [t.dtype for t in lowered.tensors]
+    wanted = [_argument(p["dtype"], p["by_value"]) for p in job.params]
+    found = [_argument(a.dtype, not hasattr(a, "shape")) for a in lowered.arguments]
     if wanted != found:
         raise ToolchainError(
-            f"{job.name}: the generated module takes tensors of {', '.join(found)}, but the launch plan passes "
+            f"{job.name}: the generated module takes {', '.join(found)}, but the launch plan passes "
             f"{', '.join(wanted)}: the skeleton must declare the kernel's parameters in their order"
         )
+
+
+def _argument(dtype: str, by_value: bool) -> str:
+    return f"{dtype} by value" if by_value else f"a tensor of {dtype}"
 
 
 def check_threads(job: Job, lowered) -> None:
@@ -136,13 +145,15 @@ def _fields(job: Job, table: dict) -> str:
 
 
 def _schedule(job: Job) -> str:
-    return "the schedule of training (--inference-only builds without)" if job.training else "the schedule"
+    others = " ".join(f"--only {p}" for p in PURPOSES if p != job.purpose)
+    return "the schedule" if job.purpose == "inference" else f"the schedule of {job.purpose} ({others} builds without)"
 
 
 def job_of(kernel, source) -> Job:
     """The job of one KernelSource of an OpSource."""
-    params = [{"name": p.name, "dtype": p.dtype} for p in kernel.params]
-    return Job(kernel.name, kernel.family, kernel.text, params, source.schedule, source.target, source.training)
+    params = [{"name": p.name, "dtype": p.dtype, "by_value": p.role == "scalar"} for p in kernel.params]
+    purpose = manifests.purpose({"passes": source.passes})
+    return Job(kernel.name, kernel.family, kernel.text, params, source.schedule, source.target, purpose)
 
 
 def job_fields(job: Job) -> dict:

@@ -110,7 +110,7 @@ static void open_driver(void) {
 /* -- arguments ---------------------------------------------------------------------------------------------------- */
 
 static int check_count(const Kernel *kernel, int given, int expected) {
-  return given == expected ? 0 : fail(kernel, "TypeError", "takes %d tensors, got %d", expected, given);
+  return given == expected ? 0 : fail(kernel, "TypeError", "takes %d arguments, got %d", expected, given);
 }
 
 static const char *dtype_name(DLDataType dtype) {
@@ -149,6 +149,16 @@ static int get_tensor(const Kernel *kernel, const TVMFFIAny *arguments, int inde
     return fail(kernel, "ValueError", "%s starts at an address that is not a multiple of %d bytes: pass %s.clone()", name,
                 ALIGNMENT, name);
   *out = t;
+  return 0;
+}
+
+/* The integer at `index`, which the kernel takes by value. */
+__attribute__((unused)) static int get_int32(const Kernel *kernel, const TVMFFIAny *arguments, int index, const char *name, int32_t *out) {
+  const TVMFFIAny *any = &arguments[index];
+  if (any->type_index != kTVMFFIInt) return fail(kernel, "TypeError", "argument %s (number %d) must be an int", name, index);
+  if (any->v_int64 < INT32_MIN || any->v_int64 > INT32_MAX)
+    return fail(kernel, "ValueError", "%s = %" PRId64 " is out of range: expected %d to %d", name, any->v_int64, INT32_MIN, INT32_MAX);
+  *out = (int32_t)any->v_int64;
   return 0;
 }
 
@@ -222,6 +232,11 @@ static int prepare_device(const Kernel *kernel, int device) {
 __attribute__((unused)) static int encode(const Kernel *kernel, TensorMap *map, const char *name, const DLTensor *t, int dtype, uint32_t rank,
                   const uint64_t *extents, const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
                   const int *modes) {
+  for (uint32_t i = 0; i < rank; i++)
+    if (!extents[i]) { /* nothing that a kernel could copy, and the driver refuses it */
+      memset(map, 0, sizeof *map);
+      return 0;
+    }
   for (uint32_t i = 1; i < rank; i++)
     if (strides[i] % ALIGNMENT)
       return fail(kernel, "ValueError", "%s has a stride of %" PRIu64 " bytes, which TMA cannot read: expected a multiple of %d", name,

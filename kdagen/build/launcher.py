@@ -14,7 +14,7 @@ TEMPLATE = Path(__file__).with_name("launcher.c.j2")
 def launcher_source(name: str, lowered, target: Target, cubin: str, labels: Sequence[str] = ()) -> str:
     """C text that exports `name` through tvm-ffi and embeds the file `cubin`.
 
-    `lowered` is an adapter.Lowered; `labels` are the names of its tensors for people, where they differ.
+    `lowered` is an adapter.Lowered; `labels` are the names of its arguments for people, where they differ.
     """
     import jinja2
 
@@ -27,7 +27,7 @@ def launcher_source(name: str, lowered, target: Target, cubin: str, labels: Sequ
         target=target,
         cubin=cubin,
         tensors=lowered.tensors,
-        label=dict(zip((t.name for t in lowered.tensors), labels or (t.name for t in lowered.tensors))),
+        label=dict(zip((a.name for a in lowered.arguments), labels or (a.name for a in lowered.arguments))),
         bindings=_bindings(name, lowered),
         capabilities=[int(c.replace(".", "")) for c in target.runs_on],
         descriptors={d.name: d for d in lowered.descriptors},
@@ -40,7 +40,9 @@ def _bindings(name: str, lowered) -> dict[str, dict]:
     for tensor in lowered.tensors:
         for dim, size in enumerate(tensor.shape):
             found.setdefault(size, {"tensor": tensor.name, "dim": dim})
-    symbols = dict.fromkeys([*lowered.symbols, *(p.name for p in lowered.parameters if p.kind == "scalar")])
+    given = {a.name for a in lowered.arguments}
+    scalars = [p.name for p in lowered.parameters if p.kind == "scalar" and p.name not in given]
+    symbols = dict.fromkeys([*lowered.symbols, *scalars])
     if unbound := [s for s in symbols if s not in found]:
         raise ToolchainError(
             f"{name}: no tensor has a dimension that is just {', '.join(unbound)}, so the launcher cannot know it: "

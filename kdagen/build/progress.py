@@ -62,7 +62,7 @@ WAIT_INJECTED = "(C7517)"  # ptxas moved a wait for wgmma; nothing is lost but o
 
 def label(job) -> str:
     """A kernel and its target, for people."""
-    return f"{job.name} ({job.target}{', training' if job.training else ''})"
+    return f"{job.name} ({job.target}{'' if job.purpose == 'inference' else f', {job.purpose}'})"
 
 
 def summary(built) -> str:
@@ -77,12 +77,11 @@ def summary(built) -> str:
         table.add_column(title, justify="right")
     for op in built:
         for kernel in op.kernels:
-            purpose = "training" if op.training else "inference"
-            table.add_row(op.name, purpose, op.target, kernel["name"], *_figures(kernel))
+            table.add_row(op.name, op.purpose, op.target, kernel["name"], *_figures(kernel))
     console = Console(width=120)
     with console.capture() as text:
         console.print(table)
-    return text.get() + "".join(f"warning: {w}\n" for op in built for k in op.kernels for w in warnings(k, op.training))
+    return text.get() + "".join(f"warning: {w}\n" for op in built for k in op.kernels for w in warnings(k, op.purpose))
 
 
 def _figures(kernel: dict) -> list[str]:
@@ -95,9 +94,9 @@ def _figures(kernel: dict) -> list[str]:
     return [str(threads), *code, f"{shared / 1024:.1f}", "cached" if kernel["cached"] else f"{kernel['seconds']:.1f}"]
 
 
-def warnings(kernel: dict, training: bool = False) -> list[str]:
+def warnings(kernel: dict, purpose: str = "inference") -> list[str]:
     """What may make a kernel slow: spills, and products that ptxas runs one at a time; the manifest holds the rest."""
-    name = f"{kernel['name']}{' (training)' if training else ''}"
+    name = f"{kernel['name']}{'' if purpose == 'inference' else f' ({purpose})'}"
     spilled = (kernel["spill_stores"] or 0) + (kernel["spill_loads"] or 0)
     spill = [f"{name} spills {spilled} bytes of registers to memory: right, but slower"] if spilled else []
     return [*spill, *(f"{name}: {line}" for line in kernel["warnings"] if WAIT_INJECTED not in line)]

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from kdagen import cli
 from kdagen.build import builder, kernel, pool, toolchain
+from kdagen.build.adapter import Scalar, Tensor
 from kdagen.build.kernel import job_of
 from kdagen.errors import ArgumentError, ArtefactError, LaunchError, ScheduleError, ToolchainError
 from kdagen.runtime import loader, manifest
@@ -139,11 +140,10 @@ def test_too_many_threads():
 
 
 def test_parameters_that_the_plan_does_not_pass():
-    lowered = SimpleNamespace(tensors=[SimpleNamespace(dtype="float32")])
-    with raises(
-        ToolchainError, "toy_scan: the generated module takes tensors of float32, but the launch plan passes bfloat16"
-    ):
-        kernel._check_tensors(JOB, lowered)
+    lowered = SimpleNamespace(arguments=[Tensor("w", "float32", ("B",)), Scalar("every", "int32")])
+    taken = "toy_scan: the generated module takes a tensor of float32, int32 by value, but the launch plan passes "
+    with raises(ToolchainError, f"{taken}a tensor of bfloat16, a tensor of "):
+        kernel._check_arguments(JOB, lowered)
 
 
 @pytest.mark.nvcc

@@ -11,7 +11,7 @@ import threading
 
 import tvm_ffi
 
-CODES = {"bfloat16": (4, 16), "float16": (2, 16), "float32": (2, 32)}
+CODES = {"bfloat16": (4, 16), "float16": (2, 16), "float32": (2, 32), "int32": (0, 32), "int64": (0, 64)}
 CUDA = 2
 
 

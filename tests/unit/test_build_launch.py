@@ -3,48 +3,44 @@
 import itertools
 import re
 import shutil
-from types import SimpleNamespace
 
 import mock_driver
 import pytest
 from mock_driver import tensor
 
 from kdagen.build import toolchain
+from kdagen.build.adapter import Descriptor, Lowered, Parameter, Scalar, Tensor
 from kdagen.build.launcher import launcher_source
 from kdagen.errors import ToolchainError
 from kdagen.target import target
 
 B, T, H, NC = 2, 37, 3, 3
 SHARED = 60 * 1024  # more than the 48 KiB that need no leave
+LABELS = ("g", "w", "o", "rows", "every")
 copies = itertools.count()
 
 
-def lowered(**changes):
-    """What lowering says of a kernel (see kdagen.build.adapter.Lowered): x by TMA, g by pointer, o = [B*H, 64]."""
+ARGUMENTS = (
+    Tensor("x_in", "bfloat16", ("B", "T", "H", "64")),
+    Tensor("g", "float32", ("B", "T", "H")),
+    Tensor("w", "float16", ("NC", "64")),
+    Tensor("o", "float32", ("B * H", "64")),
+    Tensor("rows", "int32", ("NC", "2")),
+    Scalar("every", "int32"),
+)
+
+
+def lowered(**changes) -> Lowered:
+    """What lowering says of a kernel: x by TMA, the others by pointer, o = [B*H, 64], an integer by value."""
+    taken = (("g", "tensor"), ("o", "tensor"), ("x_desc", "descriptor"), ("B", "scalar"), ("T", "scalar"))
     fields = dict(
         kernel="toy_kernel",
-        tensors=tuple(
-            SimpleNamespace(name=name, dtype=dtype, shape=shape)
-            for name, dtype, shape in (
-                ("x_in", "bfloat16", ("B", "T", "H", "64")),
-                ("g", "float32", ("B", "T", "H")),
-                ("w", "float16", ("NC", "64")),
-                ("o", "float32", ("B * H", "64")),
-            )
-        ),
+        source="",
+        arguments=ARGUMENTS,
         symbols=("B", "T", "H", "NC"),
-        parameters=tuple(
-            SimpleNamespace(name=name, kind=kind, ctype=ctype)
-            for name, kind, ctype in (
-                ("g", "tensor", ""),
-                ("o", "tensor", ""),
-                ("x_desc", "descriptor", ""),
-                ("B", "scalar", "int32_t"),
-                ("T", "scalar", "int32_t"),
-            )
-        ),
+        parameters=tuple(Parameter(name, kind, "int32_t") for name, kind in (*taken, ("every", "scalar"))),
         descriptors=(
-            SimpleNamespace(
+            Descriptor(
                 name="x_desc",
                 base="x_in",
                 dtype=9,
@@ -58,8 +54,10 @@ def lowered(**changes):
         grid=("NC", "H", "B"),
         threads=("256", "1", "1"),
         shared_bytes=SHARED,
+        device_module=None,
+        host_module=None,
     )
-    return SimpleNamespace(**{**fields, **changes})
+    return Lowered(**{**fields, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launcher")
     (folder / "toy.cubin").write_bytes(b"notacubin")
     source = folder / "toy.c"
-    source.write_text(launcher_source("toy", lowered(), target("sm90"), "toy.cubin", ["x", "g", "w", "o"]))
+    source.write_text(launcher_source("toy", lowered(), target("sm90"), "toy.cubin", ["x", *LABELS]))
     return toolchain.compile_library(source)
 
 
@@ -86,13 +84,15 @@ def fresh(library, tmp_path):
 
 
 def arguments(**changes) -> list:
-    """The four tensors of a legal call, some changed."""
+    """The tensors and the integer of a legal call, some changed."""
     device = changes.pop("device", 0)
     legal = {
         "x": tensor((B, T, H, 64), "bfloat16", device=device),
         "g": tensor((B, T, H), "float32", device=device),
         "w": tensor((NC, 64), "float16", device=device),
         "o": tensor((B * H, 64), "float32", device=device),
+        "rows": tensor((NC, 2), "int32", device=device),
+        "every": -7,
     }
     return list({**legal, **changes}.values())
 
@@ -102,7 +102,7 @@ def calls(reply: dict, name: str) -> list[str]:
 
 
 def test_a_launch_asks_the_driver_for_what_the_kernel_needs(driver, fresh):
-    reply = driver.call(fresh, "toy", arguments(), scalars=(3, 2))
+    reply = driver.call(fresh, "toy", arguments(), scalars=(3, 3))
     assert reply["errors"] == []
     assert [line.split()[0] for line in reply["log"] if line != "cuInit"] == [
         "cuLibraryLoadData",
@@ -123,7 +123,7 @@ def test_a_launch_asks_the_driver_for_what_the_kernel_needs(driver, fresh):
     ]
     assert calls(reply, "cuLaunchKernel") == [
         f"cuLaunchKernel toy_kernel grid={NC},{H},{B} block=256,1,1 shared={SHARED} stream=(nil) context=1 "
-        f"scalars={B},{T}"
+        f"scalars={B},{T},{2**32 - 7}"  # the log's integers have no sign
     ]
 
 
@@ -159,6 +159,13 @@ def test_an_empty_grid_is_no_launch(driver, fresh):
     assert driver.call(fresh, "toy", arguments(**empty)) == {"errors": [], "log": []}
 
 
+def test_what_is_copied_of_an_empty_tensor_needs_no_descriptor(driver, library):
+    no_token = {"x": tensor((B, 0, H, 64), "bfloat16"), "g": tensor((B, 0, H), "float32")}
+    reply = driver.call(library, "toy", arguments(**no_token))
+    assert reply["errors"] == [] and not calls(reply, "cuTensorMapEncodeTiled")
+    assert len(calls(reply, "cuLaunchKernel")) == 1
+
+
 def test_a_dimension_of_size_one_may_have_any_stride(driver, library):
     g = tensor((1, T, 1), "float32", strides=[999, 1, 77])
     one = {"x": tensor((1, T, 1, 64), "bfloat16"), "g": g, "o": tensor((1, 64), "float32")}
@@ -166,7 +173,13 @@ def test_a_dimension_of_size_one_may_have_any_stride(driver, library):
 
 
 REFUSED = {
-    "number": (None, "TypeError: toy: takes 4 tensors, got 3"),
+    "number": (None, "TypeError: toy: takes 6 arguments, got 3"),
+    "not an integer": ({"every": tensor((1,), "int32")}, "TypeError: toy: argument every (number 5) must be an int"),
+    "wide integer": (
+        {"every": 2**31},
+        "ValueError: toy: every = 2147483648 is out of range: expected -2147483648 to 2147483647",
+    ),
+    "int64": ({"rows": tensor((NC, 2), "int64")}, "ValueError: toy: rows is int64, expected int32"),
     "not a tensor": ({"g": 7}, "TypeError: toy: argument g (number 1) must be a tensor"),
     "cpu": (
         {"g": tensor((B, T, H), "float32", device_type=1)},
@@ -283,4 +296,4 @@ def test_a_driver_that_is_too_old(library, tmp_path, monkeypatch):
 
 def test_a_dimension_that_no_tensor_shows_is_refused():
     with pytest.raises(ToolchainError, match=re.escape("toy: no tensor has a dimension that is just NC")):
-        launcher_source("toy", lowered(tensors=lowered().tensors[:2]), target("sm90"), "toy.cubin")
+        launcher_source("toy", lowered(arguments=ARGUMENTS[:2]), target("sm90"), "toy.cubin")
