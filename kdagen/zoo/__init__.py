@@ -18,6 +18,7 @@ _FILES = {
     "kda": "kda",
     "kda_softplus": "kda",
     "kda_bounded": "kda",
+    "kda_clamped": "kda",
     "comba": "comba",
     "gdn2": "gdn2",
     "deltaproduct": "deltaproduct",

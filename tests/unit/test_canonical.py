@@ -25,6 +25,7 @@ TABLE = {
     "kda": (1, 1, 2),
     "kda_softplus": (1, 1, 2),
     "kda_bounded": (1, 1, 2),
+    "kda_clamped": (1, 1, 2),
     "comba": (1, 1, 2),
     "gdn2": (1, 1, 2),
     "longhorn": (1, 1, 2),
