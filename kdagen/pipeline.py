@@ -75,7 +75,7 @@ def compile_stages(
     """
     call = _Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
     schedule = call.schedule(schedule, Schedule, default_schedule)
-    kernels = lower(call.program, call.dims, call.dtypes, dtype, schedule, call.target)  # tile IR
+    kernels = lower(call.program, call.dims, call.dtypes, dtype, schedule, call.target, state)  # tile IR
     return Compilation(call.canonical, call.program, kernels, call.source(kernels, schedule, template_folders))
 
 
@@ -96,7 +96,7 @@ def compile_training_stages(
     call = _Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
     derived = verify_adjoint(adjoint(call.program))  # tensor IR of a chunk's backward
     schedule = call.schedule(schedule, TrainingSchedule, default_training_schedule)
-    lowered = lower_training(derived, call.dims, call.dtypes, dtype, schedule, call.target)
+    lowered = lower_training(derived, call.dims, call.dtypes, dtype, schedule, call.target, state)
     kernels = tuple({k.name: k for k in lowered.forward + lowered.backward}.values())
     assert {*lowered.forward, *lowered.backward} == {*kernels}, "two kernels share a name"
     passes = {which: tuple(k.name for k in getattr(lowered, which)) for which in ("forward", "backward")}

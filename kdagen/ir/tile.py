@@ -54,7 +54,7 @@ class Map:
     """For every index in `loops`, in parallel: bind `lets`, then make the assignments.
 
     With `serial` = (name, first, end) the assignments run in that order for each parallel index.
-    With `where`, only indices satisfying it are assigned; `every` says of how many chunks one satisfies it.
+    With `where`, only indices satisfying it are assigned; `every` says of how many chunks one satisfies it as a rule.
     """
 
     loops: tuple[tuple[str, int], ...]
@@ -62,7 +62,7 @@ class Map:
     lets: tuple[tuple[str, str], ...] = ()
     serial: tuple[str, int, int] | None = None
     where: str = ""
-    every: int = 1
+    every: float = 1
     eq: str = ""
 
 
@@ -131,6 +131,7 @@ class Kernel:
     before: tuple[Statement, ...] = ()
     after: tuple[Statement, ...] = ()
     lets: tuple[tuple[str, str], ...] = ()
+    chunk_lets: tuple[tuple[str, str], ...] = ()  # the same for each chunk of a loop
     doc: tuple[str, ...] = field(default=())
     chunk_size: int = 0
     segment: int = 1  # chunks that a block of a gradients kernel takes
@@ -218,7 +219,7 @@ def verify(kernel: Kernel) -> Kernel:
     buffers = {b.name: b for b in kernel.buffers}
     if len(buffers) != len(kernel.buffers):
         raise KdagenError(f"{kernel.name}: a buffer is declared twice: {sorted(b.name for b in kernel.buffers)}")
-    for name, text in kernel.lets:
+    for name, text in kernel.lets + kernel.chunk_lets:
         _verify_text(kernel, text, buffers, f"{name} = {text}")
     for statement in kernel.statements:
         _verify_names(kernel, statement, buffers)
@@ -258,7 +259,7 @@ def show(kernel: Kernel) -> str:
     """A kernel as text, one statement a line."""
     lines = [f"{kernel.family} {kernel.name} <{kernel.skeleton}, {kernel.threads} threads> over {kernel.grid}"]
     lines += [f"  {b.scope} {b.name}: {b.dtype}{list(b.shape)} {b.role}".rstrip() for b in kernel.buffers]
-    lines += [f"  let {name} = {text}" for name, text in kernel.lets]
+    lines += [f"  let {name} = {text}" for name, text in kernel.lets + kernel.chunk_lets]
     for part in ("before", "loads", "body", "stores", "after"):
         lines += [f"  {part}: {_line(s)}" for s in getattr(kernel, part)]
     return "\n".join(lines)

@@ -10,27 +10,37 @@ from kdagen.ir.tensor import Program
 from kdagen.ir.tile import Gemm, Kernel, verify
 from kdagen.lower.decay import factored_rows
 from kdagen.lower.prepare import argument_buffers, lower_prepare
+from kdagen.lower.rows import lower_index
 from kdagen.lower.scan import SPECIALISED, lower_output, lower_scan
 from kdagen.lower.warps import divides
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm, Schedule
+from kdagen.state import DEFAULT, StateType
 from kdagen.target import Target
 
 HEAD_DIMS = (64, 128, 256)
 
 
 def lower(
-    program: Program, dims: dict[str, int], dtypes: dict[str, str], dtype: str, schedule: Schedule, target: Target
+    program: Program,
+    dims: dict[str, int],
+    dtypes: dict[str, str],
+    dtype: str,
+    schedule: Schedule,
+    target: Target,
+    state: StateType = DEFAULT,
 ) -> tuple[Kernel, ...]:
-    """The forward kernels in launch order: prepare, scan and, when the schedule splits them, output.
+    """The forward kernels in launch order: index, prepare, scan and, when the schedule splits them, output.
 
     `dims` gives K and V, `dtypes` each argument's dtype, `dtype` that of operands, workspaces and the output.
     """
     check(program.canonical, dims, dtype, schedule, target)
-    workspace = Workspace(program, schedule.chunk_size, dims, dtype)
+    workspace = Workspace(program, schedule.chunk_size, dims, dtype, state)
     arguments = argument_buffers(program.canonical, dims, dtypes)
-    kernels = [lower_prepare(program, workspace, schedule, dtypes), lower_scan(program, workspace, schedule, arguments)]
-    check_products(kernels[0], target, "prepare_threads")
+    prepare = lower_prepare(program, workspace, schedule, dtypes)
+    check_products(prepare, target, "prepare_threads")
+    index = lower_index(program.canonical.name, schedule.chunk_size)
+    kernels = [index, prepare, lower_scan(program, workspace, schedule, arguments)]
     if schedule.output == "split":
         kernels.append(lower_output(program, workspace, schedule, arguments))
     doc = describe(program.canonical, dims, dtype, schedule)
@@ -45,7 +55,10 @@ def describe(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: S
         f"Chunks of {schedule.chunk_size} tokens, K = {dims['K']}, V = {dims['V']}, operands in {dtype}; "
         f"{schedule.decay.value} decays."
     )
-    names = "Buffers: _in arguments, _w workspaces, _s shared memory, _f registers. b, h, n: sequence, head, chunk."
+    names = (
+        "Buffers: _in arguments, _w workspaces, _s shared memory, _f registers. Tokens of all sequences lie in a row. "
+        "b, h, hk, n: sequence, head of values, of keys, chunk."
+    )
     return (*lines, how, names)
 
 

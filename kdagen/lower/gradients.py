@@ -1,6 +1,6 @@
 """Gradients: the backward of a chunk, given the state before it and the cotangent of the state after it.
 
-One block a (segment of chunks, head, sequence), from the segment's last chunk to its first. The state's cotangent goes
+One block a (segment of chunks, head), from the segment's last chunk to its first. The state's cotangent goes
 from chunk to chunk in registers, transposed like the scan's state (V x K); everything else is formed anew a chunk, from
 the arguments: what `Adjoint.recompute` holds, then the reverse scan's ops, then those of `Adjoint.gradients`.
 
@@ -42,6 +42,7 @@ from kdagen.lower.gram_adjoint import lower_gram_adjoint, lower_spread
 from kdagen.lower.order import least_in_use
 from kdagen.lower.prepare import LOG2E, Prepare
 from kdagen.lower.reverse import d_out_buffer
+from kdagen.lower.rows import CHUNK_ROWS, KEY_HEAD, SEGMENTS, of_chunk, of_segment
 from kdagen.lower.scan import state_buffer
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm, TrainingSchedule
@@ -65,7 +66,7 @@ def lower_gradients(
     name, used = adjoint.forward.canonical.name, set()
     for statement in lowering.block.statements:
         used |= tile_reads(statement) | tile_writes(statement)
-    end = f"T.cast({lowering.end.name}[b, h, segment + 1, i, j], 'float32')"
+    end = f"T.cast({lowering.end.name}[h, segment, i, j], 'float32')"
     carried = f"{lowering.carried}[i, j]"
     start = Map((("i", v), ("j", k)), ((carried, end),), eq="the state's cotangent at the segment's end")
     inputs = [b for b in lowering.inputs() if b.name in used | {lowering.end.name}]
@@ -73,10 +74,12 @@ def lower_gradients(
         name=f"{name}_gradients",
         family="gradients",
         skeleton=schedule.gradients_skeleton,
-        grid=(("segment", "NE - 1"), ("h", "H"), ("b", "B")),
+        grid=(("segment", "NG"), ("h", "HV")),
         threads=schedule.gradient_threads,
         stages=1,
-        buffers=(*inputs, *results, *lowering.block.buffers.values()),
+        buffers=(*inputs, CHUNK_ROWS, SEGMENTS, *results, *lowering.block.buffers.values()),
+        lets=(*of_segment(schedule.segment), KEY_HEAD),
+        chunk_lets=of_chunk(),
         loads=(),
         before=(start,) if lowering.carries else (),
         body=tuple(lowering.block.statements),
@@ -97,7 +100,7 @@ class Gradients(Prepare):
         self.tiles: dict[str, str] = {}  # values that lie in the operand dtype in shared memory, as products need them
         self.formed: dict = {}  # operands of each Gram
         self.state, self.d_next, self.d_state = adjoint.forward.state, adjoint.d_next_state, adjoint.d_state
-        self.end = state_buffer(adjoint.d_state, workspace, "NE")  # the cotangent at the ends of segments
+        self.end = state_buffer(adjoint.d_state, workspace, "NG")  # the cotangent at the ends of segments
         self.carried = f"{adjoint.d_state.name}_f"
         self.carries = schedule.segment > 1  # else a chunk's cotangent comes from the reverse scan each time
         self.handlers = {
@@ -114,7 +117,10 @@ class Gradients(Prepare):
         return (*self.arguments.values(), d_out, state_buffer(self.state, self.workspace, "NC"), self.end)
 
     def results(self) -> tuple[Buffer, ...]:
-        """A gradient for each argument that anything depends on; for a head's parameter, what each chunk adds to it."""
+        """A gradient for each argument that anything depends on, also of a key for each head of values.
+
+        For a head's parameter, what each chunk adds to it.
+        """
         found = []
         for argument, value in self.adjoint.results:
             if value is not None:
@@ -122,9 +128,9 @@ class Gradients(Prepare):
                 name = f"d_{argument.name}_out"
                 if argument.per_token:
                     dtype = self.dtypes[argument.name]
-                    found.append(Buffer(name, ("B", "T", "H", *axis), dtype, "global", "gradient"))
+                    found.append(Buffer(name, ("T", "HV", *axis), dtype, "global", "gradient"))
                 else:
-                    found.append(Buffer(name, ("B", "H", "NC", *axis), "float32", "global", "partial_gradient"))
+                    found.append(Buffer(name, ("HV", "NC", *axis), "float32", "global", "partial_gradient"))
         return tuple(found)
 
     # -- the chunk
@@ -134,13 +140,13 @@ class Gradients(Prepare):
         v, k = self.dims["V"], self.dims["K"]
         if any(self.state in reads(op) for op in self.ops):
             tile = self.block.shared(self.state.name, v, k, dtype=self.dtype)
-            self.block.add(Copy(tile, f"{self.state.name}_w[b, h, n, 0:{v}, 0:{k}]", eq="the state before the chunk"))
+            self.block.add(Copy(tile, f"{self.state.name}_w[h, n, 0:{v}, 0:{k}]", eq="the state before the chunk"))
             self.define_state(self.state, tile)
         tile = self.block.shared(self.d_next.name, v, k, dtype=self.dtype)
         if self.carries:
             after = self.block.fragment(self.d_state.name, v, k)
         else:
-            after = f"{self.end.name}[b, h, segment + 1, 0:{v}, 0:{k}]"
+            after = f"{self.end.name}[h, segment, 0:{v}, 0:{k}]"
         self.block.add(Copy(tile, after, eq="the cotangent of the state after the chunk"))
         self.define_state(self.d_next, tile)
         if any(self.adjoint.d_out in reads(op) for op in self.ops):
@@ -196,12 +202,9 @@ class Gradients(Prepare):
 
     def load_values(self, source: Buffer, value: Value, eq: str) -> None:
         """A chunk of a V-wide tensor."""
-        tile = self.block.shared(source.name, self.chunk, self.dims["V"], dtype=source.dtype)
-        rows = f"n * {self.chunk}:n * {self.chunk} + {self.chunk}"
-        self.block.add(Copy(tile, f"{source.name}[b, {rows}, h, 0:{self.dims['V']}]", eq=eq))
+        self.define(value, self.tile(source, eq))
         if source.dtype == self.dtype:
-            self.tiles[value.name] = tile
-        self.define(value, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')")
+            self.tiles[value.name] = f"{source.name}_s"
 
     # -- products
 
@@ -334,16 +337,16 @@ class Gradients(Prepare):
 
     def write(self, argument, value: Value) -> None:
         """A gradient to its place, rows past the end left out."""
-        name, c = f"d_{argument.name}_out", self.chunk
+        name = f"d_{argument.name}_out"
         loops = tuple(zip("ij", (self.workspace.size(d) for d in value.dims)))
         index = [i for i, _ in loops]
-        at = f"b, n * {c} + i, h" if argument.per_token else "b, h, n"
-        inside = f"n * {c} + i < tokens" if argument.per_token else ""
+        at = "row + i, h" if argument.per_token else "h, n"
+        inside = "i < rows" if argument.per_token else ""
         rest = index[1:] if argument.per_token else index
         target = f"{name}[{', '.join((at, *rest))}]"
         entry = self.access[value.name](*index)
         if not argument.per_token and index == ["i"]:
-            loops, target, entry = (("j", loops[0][1]),), f"{name}[b, h, n, j]", self.access[value.name]("j")
+            loops, target, entry = (("j", loops[0][1]),), f"{name}[h, n, j]", self.access[value.name]("j")
         self.block.add(Map(loops or (("j", 1),), ((target, entry),), where=inside, eq=f"gradient of {argument.name}"))
 
 

@@ -1,4 +1,4 @@
-"""Prepare: everything of a chunk that does not read the state, as one block a (chunk, head, sequence).
+"""Prepare: everything of a chunk that does not read the state, as one block a (chunk, head).
 
 Walks the prepare section of a tensor program op by op. Cheap elementwise values stay expressions and are
 formed where they are used; what feeds a product, a sum or a serial loop is given a buffer.
@@ -32,6 +32,7 @@ from kdagen.ir.tile import RowSum as TileRowSum
 from kdagen.lower.block import Access, Block, element, shifted
 from kdagen.lower.expression import tile_text
 from kdagen.lower.gram import GramOperands, decayed, lower_gram
+from kdagen.lower.rows import CHUNK_ROWS, KEY_HEAD, of_chunk
 from kdagen.lower.solve import solve_tril
 from kdagen.lower.workspace import Packed, Workspace, streams
 from kdagen.schedule import DecayForm, Schedule
@@ -40,10 +41,10 @@ LOG2E = math.log2(math.e)
 
 
 def argument_buffers(canonical: Canonical, dims: dict[str, int], dtypes: dict[str, str]) -> dict[str, Buffer]:
-    """The global tensor of each argument."""
+    """The global tensor of each argument, tokens of all sequences in a row."""
     found = {}
     for a in canonical.arguments:
-        lead = ("B", "T", "H") if a.per_token else ("H",)
+        lead = ("T", canonical.heads(a)) if a.per_token else ("HV",)
         axis = (dims[a.axis],) if a.axis else ()
         found[a.name] = Buffer(f"{a.name}_in", (*lead, *axis), dtypes[a.name], "global", "argument")
     return found
@@ -61,10 +62,11 @@ def lower_prepare(program: Program, workspace: Workspace, schedule: Schedule, dt
         name=f"{program.canonical.name}_prepare",
         family="prepare",
         skeleton=schedule.prepare_skeleton,
-        grid=(("n", "NC"), ("h", "H"), ("b", "B")),
+        grid=(("n", "NC"), ("h", "HV")),
         threads=schedule.prepare_threads,
         stages=1,
-        buffers=(*arguments, *workspace.buffers(), *lowering.block.buffers.values()),
+        buffers=(*arguments, CHUNK_ROWS, *workspace.buffers(), *lowering.block.buffers.values()),
+        lets=(*of_chunk(), KEY_HEAD),
         loads=(),
         body=tuple(lowering.block.statements),
         stores=(),
@@ -79,7 +81,7 @@ class Prepare:
     def __init__(self, program: Program, workspace: Workspace, schedule: Schedule, dtypes: dict[str, str]):
         self.ops, self.workspace, self.schedule = program.prepare, workspace, schedule
         self.chunk, self.dims, self.dtype = schedule.chunk_size, workspace.dims, workspace.dtype
-        self.arguments = argument_buffers(program.canonical, self.dims, dtypes)
+        self.canonical, self.arguments = program.canonical, argument_buffers(program.canonical, self.dims, dtypes)
         self.block = Block()
         self.access: dict[str, Access] = {}
         self.dims_of: dict[str, tuple[str, ...]] = {}
@@ -104,25 +106,32 @@ class Prepare:
         a, name = op.argument, f"{op.argument.name}_in"
         if a.per_token:
             self.zero_past_end.add(op.out.name)
-        row = f"n * {self.chunk} + "
         if not a.per_token:
             self.define(op.out, lambda *index: f"{name}[{', '.join(('h', *index))}]")
         elif a.axis == "V":
-            self.define(op.out, lambda i, j: self.guarded(i, f"T.cast({name}[b, {row}{i}, h, {j}], 'float32')"))
+            self.define(op.out, lambda i, j: self.guarded(i, f"T.cast({name}[row + {i}, h, {j}], 'float32')"))
         elif a.axis == "K":
-            tile = self.block.shared(name, self.chunk, self.dims["K"], dtype=self.arguments[a.name].dtype)
-            region = f"{name}[b, n * {self.chunk}:n * {self.chunk} + {self.chunk}, h, 0:{self.dims['K']}]"
-            self.block.add(Copy(tile, region, eq=op.eq))
-            self.define(op.out, lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')")
+            self.define(
+                op.out, self.tile(self.arguments[a.name], op.eq, "hk" if self.canonical.heads(a) == "H" else "h")
+            )
         else:
-            read = self.guarded("i", f"T.cast({name}[b, {row}i, h], 'float32')")
+            read = self.guarded("i", f"T.cast({name}[row + i, h], 'float32')")
             self.keep(op.out, lambda i: read, op.eq, name=name)
         if op.out.name in self.gates:
             self.keep_gate(op.out, f"{op.eq}, in log2")
 
+    def tile(self, source: Buffer, eq: str, head: str = "h") -> Access:
+        """The chunk's rows of a tensor [T, heads, channels] in shared memory as they are, zeros past the end."""
+        tile = self.block.shared(source.name, self.chunk, source.shape[2], dtype=source.dtype)
+        zero = f"T.cast(0, '{source.dtype}')"
+        entry = f"T.if_then_else(i < rows, {source.name}[row + i, {head}, j], {zero})"
+        loops = (("i", self.chunk), ("j", source.shape[2]))
+        self.block.add(Map(loops, ((f"{tile}[i, j]", entry),), eq=eq))
+        return lambda i, j: f"T.cast({tile}[{i}, {j}], 'float32')"
+
     def guarded(self, row: str, text: str) -> str:
-        """`text` where row lies in the sequence, else zero."""
-        return f"T.if_then_else(n * {self.chunk} + {row} < tokens, {text}, 0.0)"
+        """`text` where row lies in the chunk's sequence, else zero."""
+        return f"T.if_then_else({row} < rows, {text}, 0.0)"
 
     def keep(self, value: Value, access: Access, eq: str, name: str = "") -> None:
         """Give a value a buffer in shared memory and read it from there."""
@@ -294,7 +303,7 @@ class Prepare:
         if gamma := self.workspace.gamma:
             read = self.access[gamma.name]
             value = read("j") if gamma.dims == ("K",) else read()
-            self.block.add(Map((("j", self.dims["K"]),), (("gamma_w[b, h, n, j]", value),), eq="e^(g_1 + .. + g_C)"))
+            self.block.add(Map((("j", self.dims["K"]),), (("gamma_w[h, n, j]", value),), eq="e^(g_1 + .. + g_C)"))
         for parts in self.workspace.parts.values():
             for part in parts:
                 if not part.is_argument:
@@ -302,7 +311,7 @@ class Prepare:
                     self.block.add(
                         Map(
                             loops,
-                            ((f"{part.name}[b, h, n, i, j]", self.access[part.value.name]("i", "j")),),
+                            ((f"{part.name}[h, n, i, j]", self.access[part.value.name]("i", "j")),),
                             eq=part.value.name,
                         )
                     )
@@ -315,7 +324,7 @@ class Prepare:
             for t in range(cols):
                 col = f"j * {cols} + {t}" if cols > 1 else "j"
                 width = place.cols // cols
-                at = f"{place.buffer}[b, h, n, {shifted(place.row + s * c, 'i')}, {shifted(t * width, 'j')}]"
+                at = f"{place.buffer}[h, n, {shifted(place.row + s * c, 'i')}, {shifted(t * width, 'j')}]"
                 self.block.add(Map((("i", c), ("j", width)), ((at, read(row, col)),), eq=name))
 
 

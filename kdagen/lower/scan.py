@@ -6,35 +6,42 @@ takes all chunks at once. In training it keeps the states for the backward; the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from kdagen.ir.tensor import Op, Program, Value
 from kdagen.ir.tile import Buffer, Copy, Kernel, Map, Statement, reads, writes
 from kdagen.lower.asynchronous import insert_waits
-from kdagen.lower.step import Carried, Step, first_row
+from kdagen.lower.rows import CHUNK, CHUNK_ROWS, CU_SEQLENS, Place, in_sequence, of_chunk, of_sequence, tile_of
+from kdagen.lower.step import Carried, Step
 from kdagen.lower.workspace import Workspace, operands
 from kdagen.schedule import Schedule
 
+EVERY = Buffer("every", (), "int32", "global", "scalar")  # chunks from one returned state to the next
 SPECIALISED = "scan_specialised"  # skeletons of this name have asynchronous products
 
 
 def lower_scan(
     program: Program, workspace: Workspace, schedule: Schedule, arguments: dict[str, Buffer], keep_states: bool = False
 ) -> Kernel:
-    """The scan kernel: one block a (V tile, head, sequence), chunk after chunk; writes O too if output is fused.
+    """The scan kernel: one block a (V tile and sequence, head), chunk after chunk; writes O too if output is fused.
 
     `keep_states` stores the state before each chunk, which a split output does anyway.
     """
     fused = schedule.output == "fused"
     step = _step(program, workspace, schedule, program.scan + (program.output if fused else ()))
-    loads = step.loads("n")
+    loads = step.loads()
     if not fused:
         step.left(program.state)
     body = step.lower(_keep_state(step) if fused and keep_states else None)
-    stores = [_stage_output(step), _store_output(step, "n")] if fused else _store_operands(step, program)
+    stores = [_stage_output(step), _store_output(step)] if fused else _store_operands(step, program)
     if fused and step.products[program.out.name].add:  # the skip term is one of the chunk's tiles
         body.append(stores.pop(0))
-    known = (*state_buffers(program, workspace), state_buffer(program.state, workspace, "NC"))
+    if not keep_states:
+        stores.append(_return_state(step))
+    known = [*state_buffers(program, workspace), state_buffer(program.state, workspace, "NC")]
+    if not keep_states:
+        known += [given_state("states", workspace, "NS"), EVERY]
     return scan_kernel(
         f"{program.canonical.name}_scan",
         "scan",
@@ -50,7 +57,7 @@ def lower_scan(
 def lower_replay(program: Program, workspace: Workspace, schedule: Schedule, arguments: dict[str, Buffer]) -> Kernel:
     """The scan once more, for the states before each chunk and nothing else."""
     step = _step(program, workspace, schedule, program.scan)
-    loads = step.loads("n")
+    loads = step.loads()
     body = step.lower(_keep_state(step))
     return scan_kernel(
         f"{program.canonical.name}_replay",
@@ -66,23 +73,25 @@ def lower_replay(program: Program, workspace: Workspace, schedule: Schedule, arg
 def lower_output(program: Program, workspace: Workspace, schedule: Schedule, arguments: dict[str, Buffer]) -> Kernel:
     """The output kernel of a split schedule: O from stored states and pseudo-values, all chunks at once."""
     kept = stored_values(program)
-    step = _step(program, workspace, schedule, program.output, tuple(v.name for v in kept))
-    loads = step.loads("n")
+    step = _step(program, workspace, schedule, program.output, CHUNK, tuple(v.name for v in kept))
+    loads = step.loads()
     for value in kept:
         cols = workspace.size(value.dims[0])
         shared = step.block.shared(value.name, schedule.v_tile, cols, dtype=workspace.dtype)
-        loads.append(Copy(shared, f"{value.name}_w[b, h, n, {step.columns}, 0:{cols}]"))
+        loads.append(Copy(shared, f"{value.name}_w[h, n, {step.columns}, 0:{cols}]"))
     body = step.lower()
-    stores = [_stage_output(step), _store_output(step, "n")]
+    stores = [_stage_output(step), _store_output(step)]
+    tiles, lets = tile_of(workspace.dims["V"] // schedule.v_tile, ("h", "HV"))
     known = [*arguments.values(), *workspace.buffers(), *state_buffers(program, workspace), output_buffer(workspace)]
     return Kernel(
         name=f"{program.canonical.name}_output",
         family="output",
         skeleton=schedule.output_skeleton,
-        grid=(("n", "NC"), ("tile_h", f"{workspace.dims['V'] // schedule.v_tile} * H"), ("b", "B")),
+        grid=(("n", "NC"), tiles),
         threads=schedule.scan_threads,
         stages=1,
-        buffers=(*_used(known, loads + stores), *step.block.buffers.values()),
+        buffers=(*_used(known, loads + stores), CHUNK_ROWS, *step.block.buffers.values()),
+        lets=(*lets, *of_chunk()),
         loads=tuple(loads),
         body=tuple(body),
         stores=tuple(stores),
@@ -110,15 +119,19 @@ def scan_kernel(
         body = insert_waits(body)
     states = [s for edge in (before, *after) for s in (*_states(edge, w, reads), *_states(edge, w, writes))]
     arguments, others = ([b for b in known if (b.role in ("argument", "d_out")) == given] for given in (True, False))
+    scalars = [b for b in others if b.role == "scalar"]
     globals_ = _used([*arguments, *states, *w.buffers(), *others], [*loads, *body, *stores, before, *after])
+    tiles, lets = tile_of(w.dims["V"] // step.tile, ("b", "N"))
+    returned = (("returned", f"T.truncdiv(start, every * {step.chunk})"),) if EVERY in scalars else ()
     return Kernel(
         name=name,
         family=family,
         skeleton=schedule.scan_skeleton,
-        grid=(("tile", str(w.dims["V"] // step.tile)), ("h", "H"), ("b", "B")),
+        grid=(tiles, ("h", "HV")),
         threads=schedule.scan_threads,
         stages=schedule.stages,
-        buffers=(*globals_, *step.block.buffers.values()),
+        buffers=(*globals_, CU_SEQLENS, *scalars, *step.block.buffers.values()),
+        lets=(*lets, *of_sequence(step.chunk), *returned),
         before=(before,),
         loads=tuple(loads),
         body=tuple(body),
@@ -137,7 +150,7 @@ def stored_values(program: Program) -> tuple[Value, ...]:
 
 def state_buffer(value: Value, workspace: Workspace, slots: str) -> Buffer:
     """The workspace that keeps one value a slot, transposed: V channels as rows."""
-    shape = ("B", "H", slots, workspace.dims["V"], workspace.size(value.dims[0]))
+    shape = ("HV", slots, workspace.dims["V"], workspace.size(value.dims[0]))
     return Buffer(f"{value.name}_w", shape, workspace.dtype, "global", "workspace")
 
 
@@ -148,18 +161,34 @@ def state_buffers(program: Program, workspace: Workspace) -> tuple[Buffer, ...]:
 
 def output_buffer(workspace: Workspace) -> Buffer:
     """O, as the caller gets it."""
-    return Buffer("o_out", ("B", "T", "H", workspace.dims["V"]), workspace.dtype, "global", "out")
+    return Buffer("o_out", ("T", "HV", workspace.dims["V"]), workspace.dtype, "global", "out")
 
 
 def _step(
-    program: Program, workspace: Workspace, schedule: Schedule, ops: tuple[Op, ...], transposed: tuple[str, ...] = ()
+    program: Program,
+    workspace: Workspace,
+    schedule: Schedule,
+    ops: tuple[Op, ...],
+    place: Place | None = None,
+    transposed: tuple[str, ...] = (),
 ) -> Step:
     carried = Carried(program.state.name, program.state, program.next_state)
-    return Step(workspace, schedule, ops, carried, program.out, transposed=transposed)
+    place = place or in_sequence("n", schedule.chunk_size)
+    return Step(workspace, schedule, ops, carried, place, program.out, transposed=transposed)
 
 
 def _keep_state(step: Step) -> Map:
-    return step.keep(f"{step.carried.name}_w", "n", eq="the state before the chunk")
+    return step.keep(f"{step.carried.name}_w", step.place.slot, eq="the state before the chunk")
+
+
+def _return_state(step: Step) -> Map:
+    """The state after every `every` chunks to the caller."""
+    return step.store(
+        "states[returned + T.truncdiv(n + 1, every) - 1",
+        where=f"(T.truncmod(n + 1, every) == 0) & ((n + 1) * {step.chunk} <= length)",
+        every=math.inf,  # as a rule nobody asks for them
+        eq="the state after every so many chunks",
+    )
 
 
 def _stage_output(step: Step) -> Map:
@@ -173,10 +202,10 @@ def _stage_output(step: Step) -> Map:
     )
 
 
-def _store_output(step: Step, n: str) -> Copy:
+def _store_output(step: Step) -> Map:
     """The staged output to its place, rows past the end left out."""
-    row = first_row(n, step.chunk)
-    return Copy(f"o_out[b, {row}:{row} + {step.chunk}, h, {step.columns}]", "o_s")
+    at, loops = f"o_out[{step.place.row} + i, h, tile * {step.tile} + j]", (("i", step.chunk), ("j", step.tile))
+    return Map(loops, ((at, "o_s[i, j]"),), where=f"i < {step.place.rows}", eq="rows of the sequence alone")
 
 
 def _store_operands(step: Step, program: Program) -> list[Statement]:
@@ -185,14 +214,19 @@ def _store_operands(step: Step, program: Program) -> list[Statement]:
     for value in stored_values(program):
         operand, _ = step.left(value)
         cols = step.workspace.size(value.dims[0])
-        stores.append(Copy(f"{value.name}_w[b, h, n, {step.columns}, 0:{cols}]", operand))
+        stores.append(Copy(f"{value.name}_w[h, {step.place.slot}, {step.columns}, 0:{cols}]", operand))
     return stores
 
 
 def _states(edge: Map, workspace: Workspace, touched) -> Iterable[Buffer]:
-    """The states [B, H, K, V] that a Map touches: what else it touches lies in registers."""
-    shape = ("B", "H", workspace.dims["K"], workspace.dims["V"])
-    return (Buffer(name, shape, "float32", "global", name) for name in touched(edge) if not name.endswith("_f"))
+    """The states that a Map touches: what else it touches lies in registers."""
+    return (given_state(name, workspace) for name in touched(edge) if not name.endswith("_f"))
+
+
+def given_state(name: str, workspace: Workspace, slots: str = "N") -> Buffer:
+    """A tensor of states as the caller has them, whose name is its role."""
+    shape = (slots, "HV", *(workspace.dims[d] for d in workspace.state.dims))
+    return Buffer(name, shape, workspace.state.dtype, "global", name)
 
 
 def _used(known: Iterable[Buffer], statements: list[Statement]) -> tuple[Buffer, ...]:

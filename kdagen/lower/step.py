@@ -17,6 +17,7 @@ from kdagen.ir.tensor import MatMul, Op, Value
 from kdagen.ir.tile import Copy, Gemm, Map, Statement, base
 from kdagen.lower.block import Block
 from kdagen.lower.expression import tile_text
+from kdagen.lower.rows import Place
 from kdagen.lower.workspace import Packed, Part, Workspace, operands
 from kdagen.schedule import Schedule
 
@@ -49,7 +50,7 @@ class Term:
 class Step:
     """Lowers the V-wide ops of one chunk: products ordered so that none waits for another that it does not need.
 
-    `out` names a result that nothing else waits for. V-wide inputs lie as [rows, V] if the workspace or `parts` has
+    `place` says where the chunk lies, `out` names a result that nothing else waits for. V-wide inputs lie as [rows, V] if the workspace or `parts` has
     them, as [V, rows] in shared memory already if they are `transposed`.
     """
 
@@ -59,11 +60,12 @@ class Step:
         schedule: Schedule,
         ops: tuple[Op, ...],
         carried: Carried,
+        place: Place,
         out: Value | None = None,
         parts: Mapping[str, tuple[Part, ...]] | None = None,
         transposed: tuple[str, ...] = (),
     ):
-        self.workspace, self.carried, self.out = workspace, carried, out
+        self.workspace, self.carried, self.place, self.out = workspace, carried, place, out
         self.tile, self.dims, self.chunk = schedule.v_tile, workspace.dims, schedule.chunk_size
         self.parts = {**workspace.parts, **(parts or {})}
         self.transposed = set(transposed)
@@ -137,7 +139,7 @@ class Step:
     def left(self, value: Value) -> tuple[str, bool]:
         """The V-wide operand, and whether it lies as [rows, V] rather than [V, rows]."""
         if value.name in self.parts:
-            return f"{value.name}_s", True
+            return self.given(value)
         if value.name in self.transposed:
             return f"{value.name}_s", False
         acc = self.accumulator(value)
@@ -147,6 +149,23 @@ class Step:
             self.cast.add(name)
             self.block.add(Copy(operand, acc))
         return operand, False
+
+    def given(self, value: Value) -> tuple[str, bool]:
+        """A V-wide operand from memory; of an argument, rows past the end are another sequence's and count as zero."""
+        shared, parts = f"{value.name}_s", self.parts[value.name]
+        if not any(part.is_argument for part in parts):
+            return shared, True
+        rows, name = len(parts) * self.chunk, f"{value.name}_b"
+        if name not in self.cast:
+            self.cast.add(name)
+            operand, token = self.block.fragment(name, self.tile, rows, dtype=self.workspace.dtype), "j"
+            if len(parts) > 1:
+                token = f"j % {self.chunk}"
+            zero = f"T.cast(0, '{self.workspace.dtype}')"
+            entry = f"T.if_then_else({token} < {self.place.rows}, {shared}[j, i], {zero})"
+            loops = (("i", self.tile), ("j", rows))
+            self.block.add(Map(loops, ((f"{operand}[i, j]", entry),), eq=f"{value.name}^T, zero past the end"))
+        return f"{name}_f", False
 
     def right(self, place: Packed) -> str:
         first, _ = self.rows(place.buffer)
@@ -177,19 +196,21 @@ class Step:
         places = [p for name, p in self.workspace.packed.items() if p.buffer == buffer and name in used]
         return min(p.row for p in places), max(p.row + p.rows for p in places)
 
-    def loads(self, n: str) -> list[Statement]:
-        """Copies of chunk `n` into shared memory."""
+    def loads(self) -> list[Statement]:
+        """Copies of the chunk into shared memory."""
         used = {t.matrix.name for t in self.terms()}
         copies: list[Statement] = []
         for buffer in dict.fromkeys(p.buffer for name, p in self.workspace.packed.items() if name in used):
             first, end = self.rows(buffer)
             cols = next(p.cols for p in self.workspace.packed.values() if p.buffer == buffer)
             tile = self.block.shared(buffer[:-2], end - first, cols, dtype=self.workspace.dtype)
-            copies.append(Copy(tile, f"{buffer}[b, h, {n}, {first}:{end}, 0:{cols}]"))
+            copies.append(Copy(tile, f"{buffer}[h, {self.place.slot}, {first}:{end}, 0:{cols}]"))
         for value in self.v_operands():
-            copies += self.load_parts(value, n)
+            copies += self.load_parts(value)
         if any(self.workspace.gamma in operands(op) for op in self.maps):
-            copies.append(Copy(self.block.shared("gamma", self.dims["K"]), f"gamma_w[b, h, {n}, 0:{self.dims['K']}]"))
+            copies.append(
+                Copy(self.block.shared("gamma", self.dims["K"]), f"gamma_w[h, {self.place.slot}, 0:{self.dims['K']}]")
+            )
         return copies
 
     def v_operands(self) -> list[Value]:
@@ -198,8 +219,8 @@ class Step:
         values += [op.add for op in self.products.values() if op.add]
         return list({v.name: v for v in values if v.name in self.parts}.values())
 
-    def load_parts(self, value: Value, n: str) -> list[Statement]:
-        c, parts = self.chunk, self.parts[value.name]
+    def load_parts(self, value: Value) -> list[Statement]:
+        c, parts, (slot, row, _) = self.chunk, self.parts[value.name], self.place
         if len(parts) > 1 and self.tile > 64:  # a wider tile is laid out in halves, which one copy cannot fill by rows
             raise ScheduleError(f"v_tile {self.tile}: {len(parts)} streams are stacked in '{value.name}', expected 64")
         tile = self.block.shared(value.name, len(parts) * c, self.tile, dtype=self.workspace.dtype)
@@ -207,8 +228,8 @@ class Step:
         copies = []
         for s, part in enumerate(parts):
             source = (
-                f"{part.name}_in[b, {first_row(n, c)}:{first_row(n, c)} + {c}, h, {columns}]" if part.is_argument
-                else f"{part.name}[b, h, {n}, 0:{c}, {columns}]"
+                f"{part.name}_in[{row}:{row} + {c}, h, {columns}]" if part.is_argument
+                else f"{part.name}[h, {slot}, 0:{c}, {columns}]"
             )  # fmt: skip
             copies.append(Copy(f"{tile}[{s * c}:{(s + 1) * c}, 0:{self.tile}]" if len(parts) > 1 else tile, source))
         return copies
@@ -226,22 +247,23 @@ class Step:
         return Map((("i", self.tile), ("j", self.dims["K"])), (assign,), **fields)
 
     def read_from(self, state: str, eq: str) -> Map:
-        """Fill the carried tile from a tensor [B, H, K, V]."""
-        return self.whole((f"{self.carried.register}[i, j]", self.element(state)), eq=eq)
+        """Fill the carried tile from a tensor of states."""
+        value = f"T.cast({self.element(f'{state}[b')}, 'float32')"
+        return self.whole((f"{self.carried.register}[i, j]", value), eq=eq)
 
     def write_to(self, state: str, eq: str) -> Map:
-        """Write the carried tile to a tensor [B, H, K, V]."""
-        return self.whole((self.element(state), f"{self.carried.register}[i, j]"), eq=eq)
+        """Write the carried tile to a tensor of states."""
+        return self.store(f"{state}[b", eq=eq)
 
-    def element(self, state: str) -> str:
-        return f"{state}[b, h, j, tile * {self.tile} + i]"
+    def store(self, place: str, **fields) -> Map:
+        """Write the carried tile to a slot of a tensor of states: "states[slot"."""
+        value = f"T.cast({self.carried.register}[i, j], '{self.workspace.state.dtype}')"
+        return self.whole((self.element(place), value), **fields)
+
+    def element(self, place: str) -> str:
+        return f"{place}, h, {self.workspace.state.index('j', f'tile * {self.tile} + i')}]"
 
     def keep(self, workspace: str, slot: str, **fields) -> Map:
-        """Store what is carried, transposed as it is, in a slot of a workspace [B, H, slots, V, K]."""
+        """Store what is carried, transposed as it is, in a slot of a workspace [HV, slots, V, K]."""
         value = f"T.cast({self.carried.register}[i, j], '{self.workspace.dtype}')"
-        return self.whole((f"{workspace}[b, h, {slot}, tile * {self.tile} + i, j]", value), **fields)
-
-
-def first_row(n: str, chunk: int) -> str:
-    """The first token of chunk `n`."""
-    return f"{n} * {chunk}" if n.isidentifier() else f"({n}) * {chunk}"
+        return self.whole((f"{workspace}[h, {slot}, tile * {self.tile} + i, j]", value), **fields)

@@ -15,9 +15,11 @@ from kdagen.lower import check, check_products, describe, undivided
 from kdagen.lower.gradients import lower_gradients
 from kdagen.lower.prepare import argument_buffers, lower_prepare
 from kdagen.lower.reverse import lower_reverse
+from kdagen.lower.rows import CHUNK_ROWS, lower_index
 from kdagen.lower.scan import lower_replay, lower_scan
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import Keep, TrainingSchedule
+from kdagen.state import DEFAULT, StateType
 from kdagen.target import Target
 
 
@@ -37,11 +39,12 @@ def lower_training(
     dtype: str,
     schedule: TrainingSchedule,
     target: Target,
+    state: StateType = DEFAULT,
 ) -> TrainingKernels:
     """Both passes of an op; arguments as of kdagen.lower.lower."""
     program = adjoint.forward
     check(program.canonical, dims, dtype, schedule, target)
-    workspace = Workspace(program, schedule.chunk_size, dims, dtype)
+    workspace = Workspace(program, schedule.chunk_size, dims, dtype, state)
     arguments = argument_buffers(program.canonical, dims, dtypes)
     doc = describe(program.canonical, dims, dtype, schedule)
 
@@ -49,6 +52,7 @@ def lower_training(
         return verify(dataclasses.replace(kernel, doc=doc))
 
     kept = schedule.keep != Keep.INPUTS
+    index = ready(lower_index(program.canonical.name, schedule.chunk_size, schedule.segment))
     prepare = ready(lower_prepare(program, workspace, schedule, dtypes))
     scan = ready(lower_scan(program, workspace, schedule, arguments, keep_states=kept))
     wide = schedule.replace(v_tile=schedule.reverse_v_tile, scan_threads=2 * schedule.reverse_v_tile)
@@ -63,7 +67,7 @@ def lower_training(
         Keep.STATES: lambda: (prepare,),
         Keep.ALL: lambda: (),
     }[schedule.keep]()
-    forward, backward = (prepare, scan), (*again, reverse, gradients)
+    forward, backward = (index, prepare, scan), (index, *again, reverse, gradients)
     return TrainingKernels(forward, backward, _kept(schedule.keep, prepare, scan, backward))
 
 
@@ -71,7 +75,7 @@ def _kept(keep: Keep, prepare: Kernel, scan: Kernel, backward: tuple[Kernel, ...
     """Workspaces that the forward writes and the backward reads before it writes them itself."""
     if keep == Keep.INPUTS:
         return ()
-    made = {b.name for kernel in (prepare, scan) for b in kernel.params if b.role == "workspace"}
+    made = {b.name for kernel in (prepare, scan) for b in kernel.params if b.role == "workspace"} - {CHUNK_ROWS.name}
     if keep == Keep.STATES:
         made -= {b.name for b in prepare.params}
     read = dict.fromkeys(b.name for kernel in backward for b in kernel.params if b.role == "workspace")

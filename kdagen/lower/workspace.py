@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kdagen.ir.tensor import Interleave, Load, Map, MatMul, Program, Value
 from kdagen.ir.tile import Buffer
+from kdagen.state import DEFAULT, StateType
 
 
 def streams(dim: str) -> int:
@@ -39,10 +40,10 @@ class Part:
 
 
 class Workspace:
-    """Packing of a program's prepared values for one chunk size, head dims and operand dtype."""
+    """Packing of a program's prepared values for one chunk size, head dims and operand dtype; and the type of states."""
 
-    def __init__(self, program: Program, chunk_size: int, dims: dict[str, int], dtype: str):
-        self.program, self.chunk_size, self.dims, self.dtype = program, chunk_size, dims, dtype
+    def __init__(self, program: Program, chunk_size: int, dims: dict[str, int], dtype: str, state: StateType = DEFAULT):
+        self.program, self.chunk_size, self.dims, self.dtype, self.state = program, chunk_size, dims, dtype, state
         self.producer = {o.out.name: o for o in program.prepare if not hasattr(o, "outs")}
         self.packed: dict[str, Packed] = {}
         self.parts: dict[str, tuple[Part, ...]] = {}
@@ -86,7 +87,7 @@ class Workspace:
 
     def buffers(self) -> tuple[Buffer, ...]:
         """The workspace tensors, laid out so that each head's chunks follow each other."""
-        lead = ("B", "H", "NC")
+        lead = ("HV", "NC")
         found = [
             Buffer(name, (*lead, rows, self._width(name)), self.dtype, "global", "workspace")
             for name, rows in self.heights.items()

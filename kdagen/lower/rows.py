@@ -1,0 +1,116 @@
+"""Which tokens a block works on: what kernels are told of sequences, and the names that they bind from it.
+
+All tokens lie in a row, one sequence behind the other (`cu_seqlens`, as in FLA and flash attention). A chunk holds
+tokens of one sequence; how many chunks there are is known on the GPU alone, but no more than NC = T // C + N. So each
+sequence s owns the slots from cu_seqlens[s] // C + s on, which never meet those of the next, and an index kernel writes
+down what lies in each slot. Rows and lengths are clamped to the tensors: nothing that cu_seqlens says leads outside.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kdagen.ir.tile import Buffer, Kernel, Map
+
+CU_SEQLENS = Buffer("cu_seqlens", ("N1",), "int32", "global", "cu_seqlens")
+CHUNK_ROWS = Buffer("chunk_rows", ("NC", 2), "int32", "global", "workspace")  # first row, how many: 0 to chunk_size
+SEGMENTS = Buffer("segments", ("NG", 2), "int32", "global", "workspace")  # first chunk slot, how many: 0 to segment
+KEY_HEAD = ("hk", "T.alloc_var('int32', init=T.truncdiv(h * H, HV))")  # in a register: a division is long
+THREADS = 128
+
+Lets = tuple[tuple[str, str], ...]
+
+
+class Place(NamedTuple):
+    """Where a chunk lies: its slot in workspaces, its first token, how many it has (at least so many, up to C)."""
+
+    slot: str
+    row: str
+    rows: str
+
+
+CHUNK = Place("n", "row", "rows")  # of a kernel whose blocks take a chunk each
+
+
+def in_sequence(n: str, chunk: int) -> Place:
+    """Chunk `n` of a block's sequence."""
+    return Place(f"first + {n}", f"start + {n} * {chunk}", f"length - {n} * {chunk}")
+
+
+def of_chunk(slot: str = "n") -> Lets:
+    """`row`, the first token of the chunk in a slot, and `rows`, how many it has."""
+    return (
+        ("row", f"T.max(T.min(chunk_rows[{slot}, 0], tokens), 0)"),
+        ("rows", f"T.min(chunk_rows[{slot}, 1], tokens - row)"),
+    )
+
+
+def of_sequence(chunk: int) -> Lets:
+    """`start` and `length` of sequence b, `first`, the slot of its first chunk, and `chunks`, how many it has."""
+    return (
+        ("start", "T.max(T.min(cu_seqlens[b], tokens), 0)"),
+        ("length", "T.max(T.min(cu_seqlens[b + 1], tokens) - start, 0)"),
+        ("first", f"start // {chunk} + b"),
+        ("chunks", f"(length + {chunk - 1}) // {chunk}"),
+    )
+
+
+def of_segment(segment: int) -> Lets:
+    """`from_slot`, the slot of the first chunk of the block's segment, and `chunks`, how many it has."""
+    return (
+        ("from_slot", "T.max(segments[segment, 0], 0)"),
+        ("chunks", f"T.min(T.min(segments[segment, 1], {segment}), NC - from_slot)"),
+    )
+
+
+def tile_of(tiles: int, what: str) -> tuple[tuple[str, str], Lets]:
+    """A grid dimension that holds V tiles and, outside them, `what` = (index, extent); and the two indices."""
+    index, extent = what
+    return (f"tile_{index}", f"{tiles} * {extent}"), (
+        ("tile", f"tile_{index} % {tiles}"),
+        (index, f"tile_{index} // {tiles}"),
+    )
+
+
+def lower_index(name: str, chunk: int, segment: int = 0) -> Kernel:
+    """The kernel that fills `chunk_rows` and, where there are segments of so many chunks, `segments`.
+
+    One block a sequence, which writes all slots up to those of the next; the last one's block those that are left too.
+    """
+    tables = [_table(CHUNK_ROWS, "NC", chunk, "start", "length", chunk)]
+    if segment:
+        tables.append(_table(SEGMENTS, "NG", chunk * segment, f"start // {chunk} + b", "chunks", segment))
+    return Kernel(
+        name=f"{name}_index",
+        family="index",
+        skeleton="index",
+        grid=(("b", "N1 - 1"),),
+        threads=THREADS,
+        stages=1,
+        buffers=(CU_SEQLENS, CHUNK_ROWS, *([SEGMENTS] if segment else [])),
+        lets=(
+            ("start", "T.max(cu_seqlens[b], 0)"),
+            ("length", "T.max(cu_seqlens[b + 1] - start, 0)"),
+            ("chunks", f"(length + {chunk - 1}) // {chunk}"),
+            ("end", f"T.if_then_else(b == N1 - 2, NC, T.min((start + length) // {chunk} + b + 1, NC))"),
+            ("steps", f"(end - start // {chunk} - b + {THREADS - 1}) // {THREADS}"),
+        ),
+        loads=(),
+        body=tuple(tables),
+        stores=(),
+        chunk_size=chunk,
+    )
+
+
+def _table(table: Buffer, slots: str, tokens: int, begin: str, count: str, unit: int) -> Map:
+    """Entry i of a sequence, which has a slot for every `tokens` of its own: begin + i unit, and what is left of count."""
+    own = f"step * {THREADS} + i"
+    slot = f"start // {tokens} + b + {own}"
+    end = f"T.if_then_else(b == N1 - 2, {slots}, (start + length) // {tokens} + b + 1)"
+    left = f"T.max(T.min({count} - ({own}) * {unit}, {unit}), 0)"
+    return Map(
+        (("i", THREADS),),
+        ((f"{table.name}[{slot}, 0]", f"{begin} + ({own}) * {unit}"), (f"{table.name}[{slot}, 1]", left)),
+        where=f"({slot} < {end}) & ({slot} < {slots})",
+        eq=f"slots of {tokens} tokens",
+    )
