@@ -56,6 +56,8 @@ class Element:
         """The lanes as ints and slices of the array, if they are a box and within bounds."""
         if not self.is_box or self.handle.is_private:
             return None
+        if f.ledger is not None and f.mask is not None and self.handle.is_global:
+            return None  # only some of the box is touched, and the ledger asks which
         where = []
         for axis, offset, size in zip(self.axes, self.offsets, array.shape, strict=True):
             start = offset(f)

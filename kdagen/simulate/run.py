@@ -12,7 +12,7 @@ from kdagen import target as targets
 from kdagen.build import adapter
 from kdagen.codegen.source import KernelSource, OpSource, TensorSpec
 from kdagen.errors import ArgumentError, SimulationError
-from kdagen.runtime.loader import ZERO, counts
+from kdagen.runtime.capacities import NEVER, PADDED, ZERO, capacities
 from kdagen.simulate.memory import Statistics
 from kdagen.simulate.program import Simulator
 from kdagen.simulate.schedule import check_schedule
@@ -21,24 +21,31 @@ from kdagen.simulate.torch_arrays import to_numpy
 if TYPE_CHECKING:
     import torch
 
+GARBAGE = 2**31 - 7  # integers that nobody wrote
+
 
 def simulate(
     op_source: OpSource,
     tensors: dict[str, torch.Tensor],
     initial_state: torch.Tensor | None = None,
     *,
+    cu_seqlens: torch.Tensor | None = None,
+    states_every: int = 0,
     check_schedules: bool = False,
     check_races: bool = False,
     seeds=range(6),
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Statistics]]:
-    """(output, final state [B, H, K, V], statistics of each kernel by name).
+) -> tuple:
+    """(output, final state, statistics of each kernel by name); with `states_every` the states come before these.
 
-    Workspaces and results start as NaN. `check_schedules` also runs each kernel as its target specialises it, once
-    a seed, and refuses one whose synchronisation fails; `check_races` refuses blocks that touch each other's results.
+    Tensors are as the op takes them: [B, T, ..], or [1, T, ..] and `cu_seqlens`. Workspaces and results start as NaN
+    (or, of integers, as garbage). `check_schedules` also runs each kernel as its target specialises it, once a seed, and
+    refuses one whose synchronisation fails; `check_races` refuses blocks that touch each other's results.
     """
-    run = _Run(op_source, tensors, {"initial_state": initial_state}, check_schedules, check_races, seeds)
+    others = {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    run = _Run(op_source, tensors, others, check_schedules, check_races, seeds, states_every)
     memory, statistics = run("forward")
-    return memory[run.of_role("out")], memory[run.of_role("final_state")], statistics
+    states = (memory[run.of_role("states")],) if states_every else ()
+    return run.unpacked(memory[run.of_role("out")]), memory[run.of_role("final_state")], *states, statistics
 
 
 def simulate_training(
@@ -48,6 +55,7 @@ def simulate_training(
     d_out: torch.Tensor | None = None,
     d_final_state: torch.Tensor | None = None,
     *,
+    cu_seqlens: torch.Tensor | None = None,
     check_schedules: bool = False,
     check_races: bool = False,
     seeds=range(6),
@@ -56,20 +64,20 @@ def simulate_training(
 
     The forward of an op in training, and then its backward from the cotangents of output and final state (zero where
     not given). Of the forward's workspaces only those that are kept outlive it. Options as `simulate` has them; a
-    parameter's gradient is added up as the runtime does, and an argument that nothing depends on has a gradient of 0.
+    parameter's gradient is added up as the runtime does, so is a key's over its group of heads, and an argument that
+    nothing depends on has a gradient of 0.
     """
     if not op_source.training:
         raise ArgumentError(f"{op_source.name}: has a forward only: expected what pipeline.compile_training gives")
-    given = {"initial_state": initial_state, "d_out": d_out, "d_final_state": d_final_state}
+    given = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "d_out": d_out, "d_final_state": d_final_state}
     run = _Run(op_source, tensors, given, check_schedules, check_races, seeds)
     forward, before = run("forward")
     backward, after = run("backward", {name: forward[name] for name in op_source.kept})
     gradients = {name: x.new_zeros(x.shape) for name, x in tensors.items()}
     for spec in run.specs.values():
         if spec.of:
-            found = backward[spec.name]
-            gradients[spec.of] = found.sum((0, 2)) if spec.role == "partial_gradient" else found
-    out, final = forward[run.of_role("out")], forward[run.of_role("final_state")]
+            gradients[spec.of] = run.gradient(spec, backward[spec.name], tensors[spec.of])
+    out, final = run.unpacked(forward[run.of_role("out")]), forward[run.of_role("final_state")]
     d_initial = backward[run.of_role("d_initial_state")]
     return out, final, gradients, d_initial, {"forward": before, "backward": after}
 
@@ -77,15 +85,35 @@ def simulate_training(
 class _Run:
     """An op with what it is given: `run(which)` executes a pass in memory of its own."""
 
-    def __init__(self, op: OpSource, tensors: dict, others: dict, check_schedules: bool, check_races: bool, seeds):
+    def __init__(
+        self, op: OpSource, tensors: dict, others: dict, check_schedules: bool, check_races: bool, seeds, states_every=0
+    ):
         self.op, self.specs = op, {spec.name: spec for kernel in op.kernels for spec in kernel.params}
-        self.given = _given(op, self.specs, tensors, others)
-        self.sizes = _sizes(op, self.specs, self.given)
+        batch = next(x.shape[:2] for name, x in tensors.items() if self.specs[name].shape[0] == "T")
+        self.batch, self.ragged = batch, others["cu_seqlens"] is not None
+        self.given = _given(op, self.specs, tensors, {**others, "cu_seqlens": _offsets(others["cu_seqlens"], batch)})
+        self.sizes = _sizes(op, self.specs, self.given, states_every)
+        self.given |= {name: self.value(name, states_every) for name in _of_role(self.specs, "scalar")}
         self.check_schedules, self.check_races, self.seeds = check_schedules, check_races, seeds
+
+    def value(self, scalar: str, states_every: int) -> int:
+        """What is passed by value."""
+        return {"every": states_every // self.op.chunk_size or NEVER}[scalar]
 
     def of_role(self, role: str) -> str:
         (name,) = _of_role(self.specs, role)
         return name
+
+    def unpacked(self, x: torch.Tensor) -> torch.Tensor:
+        """What there is of each token, as the caller has it."""
+        return x.unflatten(0, self.batch)
+
+    def gradient(self, spec: TensorSpec, found: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Of an argument, from what the kernels leave for each chunk or each head of values."""
+        if spec.role == "partial_gradient":
+            return found.sum(1)
+        found = self.unpacked(found)
+        return found if found.shape == like.shape else found.unflatten(2, (like.shape[2], -1)).sum(3)
 
     def __call__(self, which: str, kept: dict | None = None) -> tuple[dict, dict[str, Statistics]]:
         """All tensors of a pass, and statistics of its kernels; what is neither given nor kept starts as NaN."""
@@ -93,8 +121,9 @@ class _Run:
         for kernel in self.op.kernels_of(which):
             for spec in kernel.params:
                 if spec.name not in memory:
-                    memory[spec.name] = _new(spec, self.sizes)
-            statistics[kernel.name] = self.execute(kernel, [to_numpy(memory[spec.name]) for spec in kernel.params])
+                    memory[spec.name] = _new(spec, self.sizes, self.ragged)
+            values = [memory[spec.name] for spec in kernel.params]
+            statistics[kernel.name] = self.execute(kernel, [x if isinstance(x, int) else to_numpy(x) for x in values])
         return memory, statistics
 
     def execute(self, kernel: KernelSource, arrays: list) -> Statistics:
@@ -132,7 +161,7 @@ def _of_role(specs: dict[str, TensorSpec], role: str) -> list[str]:
 
 
 def _given(op: OpSource, specs, tensors: dict, others: dict) -> dict:
-    """The caller's tensors by name, checked for presence and dtype; `others` are those of other roles, by role."""
+    """The caller's tensors by name, checked for presence and dtype, tokens in a row; `others` by role."""
     expected = _of_role(specs, "argument")
     if sorted(expected) != sorted(tensors):
         names = ", ".join(sorted(tensors)), ", ".join(sorted(expected))
@@ -148,10 +177,19 @@ def _given(op: OpSource, specs, tensors: dict, others: dict) -> dict:
         if tensor.dtype != dtype or tensor.device.type != "cpu":
             what = f"'{name}' is {tensor.dtype} on {tensor.device}, expected {dtype} on cpu"
             raise ArgumentError(f"{op.name}: {what}: convert it with {name}.to('cpu', {dtype})")
-    return {name: tensor.contiguous() for name, tensor in given.items()}
+    return {name: (x.flatten(0, 1) if specs[name].shape[0] == "T" else x).contiguous() for name, x in given.items()}
 
 
-def _sizes(op: OpSource, specs, memory: dict) -> dict[str, int]:
+def _offsets(cu_seqlens, batch) -> torch.Tensor:
+    """Where each sequence begins, and the last one ends."""
+    import torch
+
+    if cu_seqlens is not None:
+        return cu_seqlens.int()
+    return torch.arange(batch[0] + 1, dtype=torch.int32) * batch[1]
+
+
+def _sizes(op: OpSource, specs, memory: dict, states_every: int) -> dict[str, int]:
     """Values of the symbols in shapes, from the given tensors, which must agree."""
     sizes = {}
     for name, tensor in memory.items():
@@ -163,16 +201,18 @@ def _sizes(op: OpSource, specs, memory: dict) -> dict[str, int]:
         expected = [n if isinstance(n, int) else sizes.get(n, n) for n in written]
         if shape != expected:
             raise ArgumentError(f"{op.name}: '{name}' has shape {shape}, expected {list(written)} = {expected}")
-    return sizes | counts(sizes["T"], op.chunk_size, op.schedule)
+    sizes.setdefault("HV", sizes.get("H"))
+    return sizes | capacities(sizes["T"], sizes["N1"] - 1, op.chunk_size, op.schedule, states_every)
 
 
-def _new(spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
-    """NaN where a kernel is to write; a state or cotangent that was not given is zero."""
+def _new(spec: TensorSpec, sizes: dict[str, int], ragged: bool) -> torch.Tensor:
+    """NaN where a kernel is to write; zero where the runtime makes it so."""
     import torch
 
-    value = 0.0 if spec.role in ZERO else float("nan")
-    shape = [n if isinstance(n, int) else sizes[n] for n in spec.shape]
-    return torch.full(shape, value, dtype=_torch_dtype(spec))
+    zero = spec.role in ZERO or (ragged and spec.role in PADDED)
+    dtype = _torch_dtype(spec)
+    value = 0 if zero else float("nan") if dtype.is_floating_point else GARBAGE
+    return torch.full([n if isinstance(n, int) else sizes[n] for n in spec.shape], value, dtype=dtype)
 
 
 def _torch_dtype(spec: TensorSpec):
