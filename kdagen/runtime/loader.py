@@ -1,13 +1,11 @@
 """Loads what `kdagen build` left and launches it: needs torch and apache-tvm-ffi, no compiler, no TileLang, no sympy.
 
-`LoadedOp` is one folder of kernels: one target, dtype and head dims. Shapes of workspaces and outputs come from the
-launch plan in the manifest. An op with all its folders is kdagen.runtime.package's.
+`LoadedOp` is one folder of kernels: one target, dtype, head dims and state type. What a launch must know of its tensors
+is in kdagen.runtime.layout; an op with all its folders is kdagen.runtime.package's.
 """
 
 from __future__ import annotations
 
-import ast
-import operator
 import platform
 import threading
 from functools import cached_property
@@ -15,32 +13,12 @@ from pathlib import Path
 
 from kdagen import debug
 from kdagen.errors import ArgumentError, ArtefactError, LaunchError
+from kdagen.runtime import layout as layouts
 from kdagen.runtime import manifest as manifests
 
-# Roles of the tensors that a launch makes itself, and of those that are zero where none is given.
-ALLOCATED = ("workspace", "out", "final_state", "gradient", "partial_gradient", "d_initial_state")
-ZERO = ("initial_state", "d_out", "d_final_state")
 # Which state is which other one where there is no token.
 UNCHANGED = {"final_state": "initial_state", "d_initial_state": "d_final_state"}
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
-
-
-def evaluate(size: int | str, dims: dict[str, int]) -> int:
-    """A size of a plan, such as 64, "T" or "B*H", in numbers."""
-
-    def value(node) -> int:
-        match node:
-            case ast.Constant(int(number)):
-                return number
-            case ast.Name(name):
-                return dims[name]
-            case ast.BinOp(left, op, right):
-                return _OPERATORS[type(op)](value(left), value(right))
-        raise ArtefactError(f"cannot read the size '{size}' of a launch plan: expected names, integers, +, -, * and //")
-
-    if isinstance(size, int) or size in dims:
-        return size if isinstance(size, int) else dims[size]
-    return value(ast.parse(size, mode="eval").body)
+REMEMBERED = 64  # layouts of calls, by their shapes
 
 
 class LoadedOp:
@@ -49,7 +27,7 @@ class LoadedOp:
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest, self.plan = folder, manifest, manifest["plan"]
         self._functions: dict | None = None
-        self._last: dict = {}  # of each pass: shapes that a call was given, and what follows from them
+        self._layouts: dict = {}  # of calls, by what they follow from; no tensor of theirs
         self._lock = threading.Lock()
 
     def functions(self) -> dict:
@@ -83,15 +61,25 @@ class LoadedOp:
 
     @cached_property
     def passes(self) -> dict[str, list[dict]]:
-        """The kernels of "forward" and, in training, "backward", in launch order."""
+        """The kernels of "forward", in training of "backward" too, or of "decode", in launch order."""
         kernels = {k["name"]: k for k in self.plan["kernels"]}
         passes = self.plan.get("passes") or {"forward": list(kernels)}  # plans of older builds have the forward only
         return {which: [kernels[name] for name in names] for which, names in passes.items()}
 
     @property
+    def purpose(self) -> str:
+        """What these kernels are for: "inference", "training" or "decode"."""
+        return manifests.purpose(self.plan)
+
+    @property
     def training(self) -> bool:
         """Whether these kernels are those of a forward and of its backward."""
-        return "backward" in self.passes
+        return self.purpose == "training"
+
+    @property
+    def state(self):
+        """The type of the states that these kernels take and give."""
+        return manifests.state_type(self.plan)
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -105,77 +93,69 @@ class LoadedOp:
             return f"for compute capability {' or '.join(target['runs_on'])}, the GPU has {capability}"
         for name, tensor in tensors.items():
             spec = self.plan["tensors"].get(name)
-            if spec and str(tensor.dtype) != f"torch.{spec['dtype']}":
+            if not spec or spec["dtype"] == "int32":  # integers are converted
+                continue
+            if str(tensor.dtype) != f"torch.{spec['dtype']}":
                 return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected {spec['dtype']}"
-            if spec and any(isinstance(n, int) and n != size for n, size in zip(spec["shape"], tensor.shape)):
-                return f"{name} has shape {list(tensor.shape)}, expected {_formula(spec)}"
+            if any(isinstance(n, int) and n != size for n, size in zip(layouts.as_called(spec), tensor.shape)):
+                return f"{name} has shape {list(tensor.shape)}, expected {layouts.formula(spec)}"
         return None
 
-    def dims(self, tensors: dict) -> dict[str, int]:
-        """B, T, H, NC, NE and the like, read off the shapes of the arguments; each argument's shape is checked."""
-        arguments = [t for t in self.plan["tensors"].values() if t["role"] == "argument"]
-        dims = dict(self.plan["dims"])
-        for spec in arguments:
-            if (rank := len(tensors[spec["name"]].shape)) != len(spec["shape"]):
-                raise ArgumentError(f"{spec['name']} has {rank} dimensions, expected {_formula(spec)}")
-            symbols = [(s, n) for s, n in zip(spec["shape"], tensors[spec["name"]].shape) if str(s).isidentifier()]
-            dims = {**dict(symbols), **dims}
-        return dims | counts(dims["T"], self.plan["chunk_size"], self.plan["schedule"])
+    def dims(self, tensors: dict, every: int = 0) -> dict[str, int]:
+        """The values of the symbols in shapes, from those of a call's tensors, as for `launch`; ranks are checked.
+
+        States are returned after each `every` chunks, or not at all.
+        """
+        return layouts.dims_of(self.plan, tensors, every)
 
     def shape(self, name: str, dims: dict[str, int]) -> tuple[int, ...]:
-        """The shape of one of the plan's tensors."""
-        return tuple(evaluate(size, dims) for size in self.plan["tensors"][name]["shape"])
+        """The shape of one of the plan's tensors, as kernels see it."""
+        return layouts.sized(self.plan["tensors"][name]["shape"], dims)
 
-    def layout(self, tensors: dict, which: str = "forward") -> tuple[dict[str, int], dict[str, tuple]]:
-        """The sizes of a call, and (shape, dtype, whether it is zero) of each tensor that a launch may have to make."""
-        shapes = [(name, t.shape) for name, t in tensors.items()]
-        known = self._last.get(which)  # read once, for threads
-        if not known or known[0] != shapes:
-            dims = self.dims(tensors)
-            known = shapes, dims, {name: self._made(name, dims) for name in self._may_be_made[which]}
-            self._last = {**self._last, which: known}
-        return known[1:]
+    def layout(self, tensors: dict, which: str, every: int = 0) -> layouts.Layout:
+        """What a pass must make for a call: follows from shapes alone, and so is worked out once for each."""
+        key = which, every, tuple((name, t.shape) for name, t in tensors.items())
+        known = self._layouts  # read once, for threads
+        if key not in known:
+            found = layouts.layout(self.plan, self._names[which], tensors, every)
+            self._layouts = known = {**(known if len(known) < REMEMBERED else {}), key: found}
+        return known[key]
 
     @cached_property
-    def _may_be_made(self) -> dict[str, list[str]]:
-        roles = {name: spec["role"] for name, spec in self.plan["tensors"].items()}
-        touched = {which: dict.fromkeys(n for k in ks for n in k["params"]) for which, ks in self.passes.items()}
-        kept = {"backward": self.kept}  # given to it
-        return {
-            which: [n for n in names if roles[n] in (*ALLOCATED, *ZERO) and n not in kept.get(which, ())]
-            for which, names in touched.items()
-        }
+    def _names(self) -> dict[str, list[str]]:
+        """The tensors and integers that the kernels of each pass take, each once."""
+        return {w: list(dict.fromkeys(n for k in kernels for n in k["params"])) for w, kernels in self.passes.items()}
 
-    def _made(self, name: str, dims: dict[str, int]) -> tuple:
-        spec = self.plan["tensors"][name]
-        return self.shape(name, dims), spec["dtype"], spec["role"] in ZERO
-
-    def launch(self, tensors: dict, which: str = "forward", allocate=None) -> dict:
+    def launch(self, tensors: dict, which: str = "forward", allocate=None, scalars: dict | None = None) -> dict:
         """Runs the kernels of a pass in order on torch's current stream; returns all tensors, results among them.
 
-        `tensors` holds the arguments by name, and may hold results. The backward also takes the tensors that the
-        forward `kept`, d_o and d_final_state (by their names in `by_role`). A missing state, or cotangent, is zero.
+        `tensors` holds by name what the op was called with, at the op's shapes ([B, T, ..]): arguments and, where
+        given, initial_state, cu_seqlens, state_pool, state_indices, num_accepted_tokens (integers of 32 or 64 bits);
+        perhaps results, at the kernels' shapes. The backward also takes the tensors that the forward `kept`, d_o and
+        d_final_state (by their names in `by_role`). A missing state, or cotangent, is zero. Results are at the op's
+        shapes. `scalars` gives "every", in chunks, where states are wanted, and "null_below".
         `allocate(shape, dtype, device, zero)` makes the rest; torch by default.
+
+        Nothing here waits for the GPU or looks at a value, and all that is made has a shape that follows from shapes:
+        a launch can be captured in a CUDA graph, whose replays see new values of cu_seqlens and indices.
         """
-        allocate = allocate or _allocate
-        tensors = {name: t for name, t in tensors.items() if t is not None}
-        if which == "backward" and (missing := [name for name in self.kept if name not in tensors]):
+        allocate, scalars = allocate or _allocate, scalars or {}
+        given = {name: t for name, t in tensors.items() if t is not None}
+        if which == "backward" and (missing := [name for name in self.kept if name not in given]):
             raise ArgumentError(
                 f"{self.plan['name']}: the backward lacks {', '.join(missing)}: expected what the forward's launch "
                 f"returned under {'this name' if len(missing) == 1 else 'these names'}"
             )
-        dims, made = self.layout(tensors, which)
-        device = next(iter(tensors.values())).device
-        for name, (shape, dtype, zero) in made.items():
-            if name not in tensors:
-                tensors[name] = allocate(shape, dtype, device, zero)
-        if dims["T"] == 0:
-            self._keep_states(tensors)
-            return tensors
-        functions = self.functions()
-        for kernel in self.passes[which]:
-            self._run(functions[kernel["name"]], [tensors[name] for name in kernel["params"]])
-        return tensors
+        form, device = self.layout(given, which, scalars.get("every", 0)), next(iter(given.values())).device
+        made = {n: allocate(m.shape, m.dtype, device, m.zero) for n, m in form.made.items() if n not in given}
+        if form.empty:
+            self._keep_states({**given, **made})
+        else:
+            memory = layouts.packed(self.plan, self._names[which], {**given, **made}, form.dims, scalars)
+            functions = self.functions()
+            for kernel in self.passes[which]:
+                self._run(functions[kernel["name"]], [memory[name] for name in kernel["params"]])
+        return {**given, **{name: form.returned(name, x) for name, x in made.items()}}
 
     def _keep_states(self, tensors: dict) -> None:
         """No token, no kernel: the state, or its cotangent, stays as it was."""
@@ -190,7 +170,7 @@ class LoadedOp:
         """
         specs = {name: spec for name, spec in self.plan["tensors"].items() if spec.get("of")}
         return {
-            spec["of"]: results[name].sum((0, 2)) if spec["role"] == "partial_gradient" else results[name]
+            spec["of"]: results[name].sum(1) if spec["role"] == "partial_gradient" else results[name]
             for name, spec in specs.items()
         }
 
@@ -204,18 +184,8 @@ class LoadedOp:
             raise LaunchError(_first_line(error)) from None
 
 
-def counts(tokens: int, chunk_size: int, schedule: dict) -> dict[str, int]:
-    """NC, the number of chunks, and, in training, NE, that of ends of segments."""
-    chunks = -(-tokens // chunk_size)
-    return {"NC": chunks} | ({"NE": -(-chunks // schedule["segment"]) + 1} if "segment" in schedule else {})
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def _formula(spec: dict) -> str:
-    return "[" + ", ".join(map(str, spec["shape"])) + "]"
 
 
 def _allocate(shape: tuple[int, ...], dtype: str, device, zero: bool):

@@ -14,15 +14,18 @@ from pathlib import Path
 
 from kdagen.errors import ArgumentError, ArtefactError, KdagenError
 from kdagen.runtime import manifest as manifests
+from kdagen.runtime.checks import short
 from kdagen.runtime.loader import LoadedOp, load_op
 from kdagen.schedule import Keep
+from kdagen.state import DEFAULT, StateType
 
 
 class BuiltOp:
     """One op of a package, with all its folders of kernels; see kdagen.runtime.op.Op for what it takes."""
 
-    def __init__(self, folder: str | Path):
-        self.folder, self.name = Path(folder), Path(folder).name
+    def __init__(self, folder: str | Path, state: StateType | None = None):
+        """`state` chooses among kernels for several types of states; by default those of the first type."""
+        self.folder, self.name, self._state = Path(folder), Path(folder).name, state
         self._op = None
         if "torch" in sys.modules:  # at once, for torch.compile cannot trace the reading of files
             with contextlib.suppress(KdagenError):  # a damaged op keeps no other from loading: its first call says so
@@ -47,7 +50,7 @@ class BuiltOp:
         return self._op
 
     @cached_property
-    def variants(self) -> list[LoadedOp]:
+    def _every_variant(self) -> list[LoadedOp]:
         """Its folders of kernels, with hashes checked."""
         found = [load_op(path.parent) for path in sorted(self.folder.glob(f"[!.]*/{manifests.MANIFEST}"))]
         if not found:
@@ -55,6 +58,28 @@ class BuiltOp:
                 f"{self.folder} holds no built kernels: rebuild it with `kdagen build --op {self.name}`"
             )
         return found
+
+    @cached_property
+    def variants(self) -> list[LoadedOp]:
+        """Its folders of kernels for its type of states."""
+        if found := [v for v in self._every_variant if v.state == self.state]:
+            return found
+        wanted, known = self.state, sorted({f"{v.state.layout}, {v.state.dtype}" for v in self._every_variant})
+        raise ArgumentError(
+            f"no kernels of {self.name} with states of {wanted.layout}, {wanted.dtype}: {self.folder} has "
+            f"{'; '.join(known)}: build some with `kdagen build --op {self.name} --state-layout {wanted.layout} "
+            f"--state-dtype {wanted.dtype}`"
+        )
+
+    @cached_property
+    def state(self) -> StateType:
+        """How its states are given and returned: the default, if it has kernels for that."""
+        types = [v.state for v in self._every_variant] if self._state is None else [self._state]
+        return DEFAULT if DEFAULT in types else types[0]
+
+    def with_state(self, state_layout: str = DEFAULT.layout, state_dtype="float32") -> BuiltOp:
+        """The op whose states are of another type, as `kdagen.compile(state_layout=, state_dtype=)` has it."""
+        return BuiltOp(self.folder, StateType(state_layout, short(state_dtype)))
 
     @property
     def keep(self) -> Keep:
@@ -90,28 +115,33 @@ class BuiltOp:
         """The names of its tensors, in order."""
         return self.variants[0].plan["arguments"]
 
-    def fitting(self, tensors: dict, capability: str, training: bool = False) -> LoadedOp:
-        """The variant for a compute capability ("9.0") and tensors; says why each other does not fit."""
-        reasons = []
-        for variant in self.variants:
-            if variant.training != training:
-                continue
+    def fitting(self, tensors: dict, capability: str, purpose: str = "inference", training: bool = False) -> LoadedOp:
+        """The variant for a compute capability ("9.0") and tensors; says why each other does not fit.
+
+        `purpose` is "inference", "training" or "decode".
+        """
+        reasons, purpose = [], "training" if training else purpose
+        for variant in self._variants_for(purpose):
             if (reason := variant.mismatch(tensors, capability)) is None:
                 return variant
             reasons.append(f"{variant.folder.name}: {reason}")
         listed = f" fit ({'; '.join(reasons)})" if reasons else f" are in {self.folder}"
         raise ArgumentError(
-            f"no kernels of {self.name}{' for training' if training else ''}{listed}: "
+            f"no kernels of {self.name}{'' if purpose == 'inference' else f' for {purpose}'}{listed}: "
             f"build some with `kdagen build --op {self.name}`"
         )
 
-    def planned(self, tensors: dict, capability: str | None = None) -> LoadedOp:
-        """The variant for training that these tensors would run on, whatever the GPU if no capability is given."""
+    def _variants_for(self, purpose: str) -> list[LoadedOp]:
+        return [v for v in self.variants if v.purpose == purpose]
+
+    def planned(self, tensors: dict, capability: str | None = None, purpose: str = "training") -> LoadedOp:
+        """The variant that these tensors would run on, whatever the GPU if no capability is given."""
         if capability:
-            return self.fitting(tensors, capability, training=True)
-        archs = dict.fromkeys(c for v in self.variants if v.training for c in v.manifest["target"]["runs_on"])
-        found = [v for c in archs for v in self.variants if v.training and v.mismatch(tensors, c) is None]
-        return found[0] if found else self.fitting(tensors, "unknown", training=True)
+            return self.fitting(tensors, capability, purpose)
+        variants = self._variants_for(purpose)
+        archs = dict.fromkeys(c for v in variants for c in v.manifest["target"]["runs_on"])
+        found = [v for c in archs for v in variants if v.mismatch(tensors, c) is None]
+        return found[0] if found else self.fitting(tensors, "unknown", purpose)
 
     def describe(self) -> list[tuple[str, str]]:
         """Rows of `explain`: each folder of kernels."""

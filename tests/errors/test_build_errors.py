@@ -17,7 +17,7 @@ from kdagen.build import builder, kernel, pool, toolchain
 from kdagen.build.adapter import Scalar, Tensor
 from kdagen.build.kernel import job_of
 from kdagen.errors import ArgumentError, ArtefactError, LaunchError, ScheduleError, ToolchainError
-from kdagen.runtime import loader, manifest
+from kdagen.runtime import layout, loader, manifest
 from kdagen.runtime.loader import LoadedOp
 from kdagen.runtime.package import BuiltOp
 from kdagen.target import target
@@ -118,7 +118,7 @@ def test_the_c_compiler_fails(tmp_path):
 
 # -- kernels that cannot run ------------------------------------------------------------------------------------------
 
-JOB = job_of(toy.toy().kernels[1], toy.toy())
+JOB = job_of(toy.toy().kernels[2], toy.toy())
 
 
 def test_too_much_shared_memory():
@@ -271,7 +271,7 @@ def test_an_op_without_kernels(tmp_path):
 
 def test_a_plan_with_a_size_that_is_no_size():
     with raises(ArtefactError, "cannot read the size 'max(B, 2)' of a launch plan"):
-        loader.evaluate("max(B, 2)", {"B": 1})
+        layout.evaluate("max(B, 2)", {"B": 1})
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
