@@ -12,7 +12,7 @@ from kdagen.lower.decay import decay_form
 from kdagen.lower.gradients import lower_gradients
 from kdagen.lower.warps import prepare_threads
 from kdagen.lower.workspace import Workspace
-from kdagen.schedule import DecayForm, Schedule, TrainingSchedule
+from kdagen.schedule import DecayForm, DecodeSchedule, Schedule, TrainingSchedule
 from kdagen.target import Target
 
 PACKING = 1.08  # of shared memory that merged tiles take, at most, over what is in use at once
@@ -37,6 +37,13 @@ def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, tar
         stages=2 if target.bulk_copies else 1,
         scan_skeleton="scan_specialised" if target.warp_specialised else "scan_pipelined",
     ).replace(**choices)
+
+
+def default_decode_schedule(
+    canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, **choices
+) -> DecodeSchedule:
+    """The same for decoding: tiles of a line of memory in width, small enough that several blocks share a processor."""
+    return DecodeSchedule().replace(**choices)
 
 
 def default_training_schedule(

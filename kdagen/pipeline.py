@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdagen.autotune.select import default_schedule, default_training_schedule
+from kdagen.autotune.select import default_decode_schedule, default_schedule, default_training_schedule
 from kdagen.codegen.source import OpSource
 from kdagen.codegen.tilelang import render
 from kdagen.derive.adjoint import adjoint
 from kdagen.derive.canonical import canonical as derive_canonical
 from kdagen.derive.chunk import chunk_form
+from kdagen.derive.step import step_form
 from kdagen.errors import RecurrenceError, ScheduleError
+from kdagen.ir import step as step_ir
 from kdagen.ir.canonical import Canonical
 from kdagen.ir.tensor import Adjoint, Program
 from kdagen.ir.tensor_verify import verify, verify_adjoint
 from kdagen.ir.tile import Kernel
 from kdagen.lower import lower
+from kdagen.lower.decode import lower_decode
 from kdagen.lower.training import lower_training
 from kdagen.runtime.signature import describe
-from kdagen.schedule import DTYPES, Schedule, TrainingSchedule
+from kdagen.schedule import DTYPES, Choices, DecodeSchedule, Schedule, TrainingSchedule
 from kdagen.state import DEFAULT, StateType
 from kdagen.target import target as find_target
 
@@ -35,6 +38,7 @@ class Compilation:
     kernels: tuple[Kernel, ...]
     source: OpSource
     adjoint: Adjoint | None = None  # in training
+    step: step_ir.StepForm | None = None  # in decoding
 
 
 def compile_op(recurrence, *args, **choices) -> OpSource:
@@ -45,6 +49,11 @@ def compile_op(recurrence, *args, **choices) -> OpSource:
 def compile_training(recurrence, *args, **choices) -> OpSource:
     """The same for training, the forward and the backward: see `compile_training_stages`."""
     return compile_training_stages(recurrence, *args, **choices).source
+
+
+def compile_decode(recurrence, *args, **choices) -> OpSource:
+    """The same for decoding, token by token on a pool of states: see `compile_decode_stages`."""
+    return compile_decode_stages(recurrence, *args, **choices).source
 
 
 def compile_stages(
@@ -105,8 +114,28 @@ def compile_training_stages(
     return Compilation(call.canonical, call.program, kernels, source, derived)
 
 
+def compile_decode_stages(
+    recurrence,
+    head_dim: int | tuple[int, int] = (128, 128),
+    dtype: str = "bfloat16",
+    arch: str = "sm90",
+    schedule: DecodeSchedule | dict | None = None,
+    gate_dtype: str | None = None,
+    template_folders: Sequence[str | Path] = (),
+    state: StateType = DEFAULT,
+) -> Compilation:
+    """Derive a recurrence's kernel for decoding, the only one of pass "decode"; else as `compile_stages`."""
+    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
+    step = step_ir.verify(step_form(call.canonical))  # one token as tensor ops
+    schedule = call.schedule(schedule, DecodeSchedule, default_decode_schedule)
+    kernels = (lower_decode(step, call.dims, call.dtypes, dtype, schedule, state),)
+    source = call.source(kernels, schedule, template_folders)
+    source = dataclasses.replace(source, passes={"decode": tuple(k.name for k in kernels)})
+    return Compilation(call.canonical, call.program, kernels, source, step=step)
+
+
 class _Call:
-    """What both kinds of compilation share: what was asked for, and what follows from it before any schedule."""
+    """What all kinds of compilation share: what was asked for, and what follows from it before any schedule."""
 
     def __init__(self, recurrence, head_dim, dtype: str, arch: str, gate_dtype: str | None, state: StateType):
         k, v = (head_dim, head_dim) if isinstance(head_dim, int) else head_dim
@@ -121,18 +150,18 @@ class _Call:
         self.program = verify(chunk_form(canonical))  # tensor IR of a chunk
         self.dtypes = argument_dtypes(canonical, dtype, gate_dtype or dtype)
 
-    def schedule(self, given, kind: type, default) -> Schedule:
-        if isinstance(given, Schedule):
+    def schedule(self, given, kind: type, default) -> Choices:
+        if isinstance(given, Choices):
             if not isinstance(given, kind):
-                raise ScheduleError(f"a {type(given).__name__} is no choice for training: expected a {kind.__name__}")
+                raise ScheduleError(f"a {type(given).__name__} is no choice here: expected a {kind.__name__}")
             return given
         return default(self.canonical, self.dims, self.dtype, self.target, **(given or {}))
 
-    def source(self, kernels: tuple[Kernel, ...], schedule: Schedule, template_folders) -> OpSource:
+    def source(self, kernels: tuple[Kernel, ...], schedule: Choices, template_folders) -> OpSource:
         return OpSource(
             self.canonical.name,
             tuple(render(kernel, template_folders) for kernel in kernels),  # TileLang
-            schedule.chunk_size,
+            kernels[-1].chunk_size,
             self.dims,
             self.dtype,
             schedule.fields(),

@@ -21,12 +21,33 @@ class DecayForm(str, Enum):
     TREE = "tree"  # any gate: midpoint tree, every factor <= 1
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How the forward kernels of one op are laid out on one target.
+class Choices:
+    """What schedules share. A canonical JSON is its identity: it names the build, the cache entry and the manifest."""
 
-    The canonical JSON of a schedule is its identity: it names the build, the cache entry and the manifest.
-    """
+    def json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(self.fields(), sort_keys=True, separators=(",", ":"))
+
+    def fields(self) -> dict:
+        """The choices by name, as plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def replace(self, **choices) -> Choices:
+        """A copy with some choices changed; unknown names are refused."""
+        names = {f.name for f in dataclasses.fields(self)}
+        if unknown := sorted(set(choices) - names):
+            raise ScheduleError(
+                f"unknown schedule field {', '.join(unknown)}: expected some of {', '.join(sorted(names))}"
+            )
+        for field, kind in (("decay", DecayForm), ("keep", Keep)):
+            if field in choices:
+                choices[field] = _member(kind, field, choices[field])
+        return dataclasses.replace(self, **choices)
+
+
+@dataclass(frozen=True)
+class Schedule(Choices):
+    """How the forward kernels of one op are laid out on one target."""
 
     chunk_size: int = 16  # tokens a chunk; 16, 32 or 64
     decay: DecayForm = DecayForm.TREE
@@ -38,26 +59,6 @@ class Schedule:
     prepare_skeleton: str = "prepare"
     scan_skeleton: str = "scan_pipelined"
     output_skeleton: str = "output"
-
-    def json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(self.fields(), sort_keys=True, separators=(",", ":"))
-
-    def fields(self) -> dict:
-        """The choices by name, as plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    def replace(self, **choices) -> Schedule:
-        """A copy with some choices changed; unknown names are refused."""
-        names = {f.name for f in dataclasses.fields(self)}
-        if unknown := sorted(set(choices) - names):
-            raise ScheduleError(
-                f"unknown schedule field {', '.join(unknown)}: expected some of {', '.join(sorted(names))}"
-            )
-        for field, kind in (("decay", DecayForm), ("keep", Keep)):
-            if field in choices:
-                choices[field] = _member(kind, field, choices[field])
-        return dataclasses.replace(self, **choices)
 
 
 class Keep(str, Enum):
@@ -81,6 +82,15 @@ class TrainingSchedule(Schedule):
     segment: int = 8  # chunks that a block of the gradients kernel takes
     gradient_threads: int = 256
     gradients_skeleton: str = "gradients"
+
+
+@dataclass(frozen=True)
+class DecodeSchedule(Choices):
+    """How the kernel that decodes is laid out: a block has a tile of one head's state in registers."""
+
+    v_tile: int = 32  # value channels that a block holds
+    threads: int = 128
+    skeleton: str = "decode"
 
 
 def _member(kind: type[Enum], field: str, name: str) -> Enum:

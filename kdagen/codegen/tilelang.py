@@ -85,7 +85,7 @@ def _emit(s: Statement, kernel: Kernel, note: str, name: str, asynchronous: bool
         case RowSum():
             yield _call("T.reduce_sum", s.src, s.dst, "dim=1", note)
         case ColSum():
-            yield _call("T.reduce_sum", s.src, s.dst, "dim=0", note)
+            yield _call("T.reduce_sum", s.src, s.dst, "dim=0", f"batch={s.batch}" if s.batch > 1 else "", note)
         case Gemm():
             flags = [
                 f

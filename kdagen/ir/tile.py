@@ -30,6 +30,7 @@ class Buffer:
     dtype: str
     scope: str  # "global", "shared" or "fragment" (registers, spread over the block)
     role: str = ""
+    layout: str = ""  # of a fragment: which thread holds what, in TileLang's terms; chosen by TileLang if not given
 
     @property
     def bytes(self) -> int:
@@ -77,11 +78,12 @@ class RowSum:
 
 @dataclass(frozen=True)
 class ColSum:
-    """dst[j] = sum_i src[i, j]; both fragments."""
+    """dst[j] = sum_i src[i, j]; both fragments. Of a vector the sum of all, dst having one element."""
 
     dst: str
     src: str
     eq: str = ""
+    batch: int = 1  # of the elements that a thread gets, how many are exchanged between warps at a time
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,6 @@ def lower(
 
 def describe(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Schedule) -> tuple[str, ...]:
     """What a generated module says of itself: the recurrence, and the choices that shaped it."""
-    said = canonical.doc.strip().replace("\\", "\\\\").replace('"', "'").splitlines()[:1]  # goes into a docstring
-    lines = [f"{canonical.name}: {line}" for line in said]
     how = (
         f"Chunks of {schedule.chunk_size} tokens, K = {dims['K']}, V = {dims['V']}, operands in {dtype}; "
         f"{schedule.decay.value} decays."
@@ -59,7 +57,13 @@ def describe(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: S
         "Buffers: _in arguments, _w workspaces, _s shared memory, _f registers. Tokens of all sequences lie in a row. "
         "b, h, hk, n: sequence, head of values, of keys, chunk."
     )
-    return (*lines, how, names)
+    return (*said(canonical), how, names)
+
+
+def said(canonical: Canonical) -> list[str]:
+    """The first line that its author wrote of a recurrence, as it may stand in a docstring."""
+    lines = canonical.doc.strip().replace("\\", "\\\\").replace('"', "'").splitlines()[:1]
+    return [f"{canonical.name}: {line}" for line in lines]
 
 
 def check(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Schedule, target: Target) -> None:
@@ -69,9 +73,14 @@ def check(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Sche
     _check_decay(canonical, schedule, dtype)
 
 
-def _check_dims(dims: dict[str, int], schedule: Schedule) -> None:
+def check_head_dims(dims: dict[str, int]) -> None:
+    """Refuses dims that no kernels can be made for, whatever the schedule."""
     if any(d not in HEAD_DIMS for d in dims.values()):
         raise ScheduleError(f"head_dim {dims['K'], dims['V']} has no kernels: expected K and V among {HEAD_DIMS}")
+
+
+def _check_dims(dims: dict[str, int], schedule: Schedule) -> None:
+    check_head_dims(dims)
     if schedule.chunk_size not in (16, 32, 64):
         raise ScheduleError(f"chunk_size {schedule.chunk_size}: expected 16, 32 or 64")
     if schedule.v_tile % 64 or dims["V"] % schedule.v_tile:

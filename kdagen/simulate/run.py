@@ -42,7 +42,7 @@ def simulate(
     refuses one whose synchronisation fails; `check_races` refuses blocks that touch each other's results.
     """
     others = {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    run = _Run(op_source, tensors, others, check_schedules, check_races, seeds, states_every)
+    run = Run(op_source, tensors, others, check_schedules, check_races, seeds, states_every)
     memory, statistics = run("forward")
     states = (memory[run.of_role("states")],) if states_every else ()
     return run.unpacked(memory[run.of_role("out")]), memory[run.of_role("final_state")], *states, statistics
@@ -70,7 +70,7 @@ def simulate_training(
     if not op_source.training:
         raise ArgumentError(f"{op_source.name}: has a forward only: expected what pipeline.compile_training gives")
     given = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, "d_out": d_out, "d_final_state": d_final_state}
-    run = _Run(op_source, tensors, given, check_schedules, check_races, seeds)
+    run = Run(op_source, tensors, given, check_schedules, check_races, seeds)
     forward, before = run("forward")
     backward, after = run("backward", {name: forward[name] for name in op_source.kept})
     gradients = {name: x.new_zeros(x.shape) for name, x in tensors.items()}
@@ -82,7 +82,7 @@ def simulate_training(
     return out, final, gradients, d_initial, {"forward": before, "backward": after}
 
 
-class _Run:
+class Run:
     """An op with what it is given: `run(which)` executes a pass in memory of its own."""
 
     def __init__(
