@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import click
 
 from kdagen import debug
 from kdagen.errors import ArgumentError, ScheduleError
+from kdagen.purposes import PURPOSES, without
 from kdagen.schedule import Keep
+from kdagen.state import DTYPES as STATE_DTYPES
+from kdagen.state import LAYOUTS, StateType
 from kdagen.target import TARGETS
 
 ARCHS = (
@@ -65,9 +69,7 @@ def choices(texts: tuple[str, ...], option: str = "--schedule") -> dict:
     help="The folder to write: an importable package. Ops that it holds already stay.  [default: kdagen_ops]",
 )
 @click.option("--head-dim", default="128", show_default=True, help="K, or K,V; 64, 128 or 256 each.")
-@click.option(
-    "--dtype", default="bfloat16", show_default=True, help="bfloat16 or float16; sums and states are float32."
-)
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float16; sums are float32.")
 @click.option("--gate-dtype", help="dtype of gates and scalars a token.  [default: --dtype]")
 @click.option(
     "--schedule",
@@ -76,7 +78,27 @@ def choices(texts: tuple[str, ...], option: str = "--schedule") -> dict:
     metavar="FIELD=VALUE",
     help="A choice of the schedule of inference, such as chunk_size=32; repeatable.",
 )
-@click.option("--inference-only", is_flag=True, help="No kernels for training: a forward alone.")
+@click.option(
+    "--only",
+    "purposes",
+    multiple=True,
+    type=click.Choice(PURPOSES),
+    help="Kernels for this alone: whole sequences, training, or decoding token by token; repeatable.  [default: all]",
+)
+@click.option(
+    "--state-layout",
+    type=click.Choice(tuple(LAYOUTS)),
+    default="KV",
+    show_default=True,
+    help="Of states as they are given and returned: [N, HV, K, V] or [N, HV, V, K].",
+)
+@click.option(
+    "--state-dtype",
+    type=click.Choice(STATE_DTYPES),
+    default="float32",
+    show_default=True,
+    help="That states are stored in; sums are float32.",
+)
 @click.option(
     "--keep",
     type=click.Choice(KEEP),
@@ -91,14 +113,20 @@ def choices(texts: tuple[str, ...], option: str = "--schedule") -> dict:
     help="A choice of the schedule of training, such as segment=4; repeatable.",
 )
 @click.option(
+    "--decode-schedule",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A choice of the schedule of decoding, such as v_tile=64; repeatable.",
+)
+@click.option(
     "--templates",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A folder of kernel skeletons that come before kdagen's own.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at once.  [default: the number of cores]")
-def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, **options) -> None:
-    """Compile kernels for the GPUs of --arch: those of inference, and those of a forward and a backward in training.
+def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, state_layout, state_dtype, **chosen) -> None:
+    """Compile kernels for the GPUs of --arch: those of inference, of training (forward and backward) and of decoding.
 
     Needs nvcc and a C compiler, no GPU. For each kernel: its TileLang source, its CUDA source, a library that loads
     without any compiler, and manifest.json. Then `from kdagen_ops import kda` gives the op on a GPU machine.
@@ -110,13 +138,14 @@ def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, **opti
 
     started, out = time.perf_counter(), out or debug.build_dir()
     archs = [target(name).name for names in arch for name in names]
-    dims, compilers = pair("--head-dim", head_dim), _compilers(**options)
+    dims, compilers = pair("--head-dim", head_dim), _compilers(**chosen)
+    more = {"template_folders": templates, "state": StateType(state_layout, state_dtype)}
     sources = [
         source
         for op in ops
         for name in archs
         for make, fields in compilers
-        if (source := make(load(op), dims, dtype, name, fields, gate_dtype, template_folders=templates))
+        if (source := make(load(op), dims, dtype, name, fields, gate_dtype, **more))
     ]
     built = build(sources, out, jobs, Progress())
     click.echo(summary(built), nl=False)
@@ -126,24 +155,27 @@ def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, **opti
     click.echo(f"use:  from {out.name} import {', '.join(dict.fromkeys(b.name for b in built))}")
 
 
-def _compilers(schedule, inference_only: bool, keep: str, training_schedule) -> list[tuple]:
-    """What makes an OpSource, and the fields of its schedule: for inference, and for training if that is wanted."""
+def _compilers(purposes, schedule, keep: str, training_schedule, decode_schedule) -> list[tuple]:
+    """What makes an OpSource, and the fields of its schedule that were chosen, for each purpose that is wanted."""
     from kdagen import pipeline
 
-    found = [(pipeline.compile_op, choices(schedule))]
-    if not inference_only:
-        found.append((_training, {"keep": keep} | choices(training_schedule, "--training-schedule")))
-    return found
+    training = {"keep": keep} | choices(training_schedule, "--training-schedule")
+    found = {
+        "inference": (pipeline.compile_op, choices(schedule)),
+        "training": (partial(_training, alone=purposes == ("training",)), training),
+        "decode": (pipeline.compile_decode, choices(decode_schedule, "--decode-schedule")),
+    }
+    return [how for purpose, how in found.items() if not purposes or purpose in purposes]
 
 
-def _training(recurrence, dims, dtype, arch, fields, *args, **options):
+def _training(recurrence, dims, dtype, arch, fields, *args, alone: bool, **options):
     """The OpSource for training; where there is none by default a note and None, where one was asked for an error."""
     from kdagen import pipeline
 
     try:
         return pipeline.compile_training(recurrence, dims, dtype, arch, fields, *args, **options)
     except ScheduleError as error:
-        if fields.keys() == {"keep"}:
-            click.echo(f"inference only: {error}", err=True)
+        if fields.keys() == {"keep"} and not alone:
+            click.echo(f"no training: {error}", err=True)
             return None
-        raise ScheduleError(f"{error} (of the kernels for training: --inference-only builds without)") from None
+        raise ScheduleError(f"{error} ({without('training')})") from None

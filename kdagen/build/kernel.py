@@ -16,11 +16,11 @@ from pathlib import Path
 from kdagen.build import toolchain
 from kdagen.build.launcher import launcher_source
 from kdagen.errors import ScheduleError, ToolchainError
+from kdagen.purposes import without
 from kdagen.runtime import manifest as manifests
 from kdagen.target import Target, target
 
 REPORT = "report.json"
-PURPOSES = ("inference", "training", "decode")
 MAX_THREADS = 1024
 KIB = 1024
 # The schedule's fields that decide how much shared memory, or how many threads, a family of kernels takes.
@@ -145,8 +145,7 @@ def _fields(job: Job, table: dict) -> str:
 
 
 def _schedule(job: Job) -> str:
-    others = " ".join(f"--only {p}" for p in PURPOSES if p != job.purpose)
-    return "the schedule" if job.purpose == "inference" else f"the schedule of {job.purpose} ({others} builds without)"
+    return "the schedule" if job.purpose == "inference" else f"the schedule of {job.purpose} ({without(job.purpose)})"
 
 
 def job_of(kernel, source) -> Job:

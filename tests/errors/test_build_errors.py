@@ -252,14 +252,14 @@ def test_a_missing_library(folder):
 
 
 def test_a_library_that_is_none(folder):
-    with pytest.raises(ArtefactError, match=r"toy_prepare.so does not load here: .*: build it on a host like this one"):
+    with pytest.raises(ArtefactError, match=r"toy_index.so does not load here: .*: build it on a host like this one"):
         loader.load_op(folder).functions()
 
 
 def test_a_library_for_another_host(folder, monkeypatch):
     monkeypatch.setattr(loader.platform, "machine", lambda: "riscv64")
     with pytest.raises(
-        ArtefactError, match="toy_prepare.so was built for .* hosts, this one is riscv64: build it on such"
+        ArtefactError, match="toy_index.so was built for .* hosts, this one is riscv64: build it on such"
     ):
         loader.load_op(folder).functions()
 
@@ -293,7 +293,7 @@ def test_no_variant_fits(folder):
 
 
 def test_a_rank_that_is_wrong(folder):
-    with raises(ArgumentError, "g has 2 dimensions, expected [B, T, H]"):
+    with raises(ArgumentError, "g has 2 dimensions, expected [B, T, HV]"):
         loader.load_op(folder).launch({**tensors(), "g": torch.zeros(1, 5)})
 
 

@@ -13,6 +13,7 @@ from kdagen.build.kernel import check_shared, job_of
 from kdagen.errors import ArgumentError, ScheduleError
 from kdagen.pipeline import compile_training
 from kdagen.runtime.loader import LoadedOp
+from kdagen.runtime.manifest import purpose
 from kdagen.schedule import Schedule
 from kdagen.simulate.run import simulate_training
 from kdagen.target import target
@@ -63,13 +64,13 @@ def test_choices_of_the_command():
 def test_a_build_says_how_to_do_without_training():
     result = run("build", "--arch", "sm90", "--op", "gla", "--training-schedule", "segments=3")
     assert result.stderr.startswith("error: unknown schedule field segments: expected some of")
-    assert result.stderr.endswith("(of the kernels for training: --inference-only builds without)\n")
+    assert result.stderr.endswith("(--only inference --only decode builds without training)\n")
 
 
 def test_a_training_kernel_that_does_not_fit():
     source = toy_training.toy()
-    job = job_of(source.kernels[2], source)
-    expected = "lower chunk_size .now 16. in the schedule of training .--inference-only builds without."
+    job = job_of(source.kernels[3], source)
+    expected = "lower chunk_size .now 16. in the schedule of training .--only inference --only decode builds without training."
     with pytest.raises(ScheduleError, match=f"toy_gradients needs 300.0 KiB of shared memory a block, .*: {expected}"):
         check_shared(job, target("sm90"), 300 * 1024)
 
@@ -92,5 +93,7 @@ def test_a_build_goes_on_without_training_where_there_is_none(monkeypatch, tmp_p
     built = []
     monkeypatch.setattr("kdagen.build.builder.build", lambda sources, *_: built.extend(sources) or [])
     result = run("build", "--arch", "sm89", "--op", "kda", "--out", str(tmp_path))
-    assert result.stderr.startswith("inference only: kda has no training kernels for sm89")
-    assert [source.training for source in built] == [False]
+    assert result.stderr.startswith("no training: kda has no training kernels for sm89")
+    assert [purpose(source.plan()) for source in built] == ["inference", "decode"]
+    result = run("build", "--arch", "sm89", "--op", "kda", "--only", "training", "--out", str(tmp_path))
+    assert result.exit_code == 1 and result.stderr.startswith("error: kda has no training kernels for sm89")

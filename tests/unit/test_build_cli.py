@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 from kdagen import cli, cli_build, debug
 from kdagen.build import builder, progress
+from kdagen.purposes import PURPOSES
+from kdagen.state import StateType
 from kdagen.target import TARGETS
 
 HEAVY = {"torch", "tilelang", "sympy", "numpy", "jinja2", "rich", "tvm_ffi"}
@@ -60,14 +62,20 @@ LINE = "--arch sm90,sm80 --arch sm_120a --op one --op two --head-dim 64 --schedu
 @pytest.fixture
 def asked(monkeypatch):
     """What `kdagen build` asks the pipeline for, by what it asks with; its builds are under "built"."""
-    found = {"inference": [], "training": [], "built": []}
+    found = {"inference": [], "training": [], "decode": [], "built": []}
 
     def compiler(which):
-        return lambda *options, template_folders: found[which].append(options) or toy.toy(options[0])
+        def make(*options, template_folders, state):
+            found[which].append(options)
+            found["states"] = state
+            return toy.toy(options[0])
+
+        return make
 
     monkeypatch.setattr(sys.modules["kdagen.recurrence"], "load", lambda spec: spec)
     monkeypatch.setattr("kdagen.pipeline.compile_op", compiler("inference"))
     monkeypatch.setattr("kdagen.pipeline.compile_training", compiler("training"))
+    monkeypatch.setattr("kdagen.pipeline.compile_decode", compiler("decode"), raising=False)
     built = lambda sources, out, jobs, shown: found["built"].append((len(sources), out, jobs)) or []  # noqa: E731
     monkeypatch.setattr(builder, "build", built)
     return found
@@ -85,20 +93,33 @@ def calls(fields) -> list:
 
 
 def test_options_become_sources_and_sources_are_built(asked, tmp_path):
-    """--op and --arch multiply; commas and repetition both list; each is built for inference and for training."""
+    """--op and --arch multiply; commas and repetition both list; each is built for every purpose."""
     build(LINE, tmp_path)
     assert asked == {
         "inference": calls({"stages": 3}),
         "training": calls({"keep": "states"}),
-        "built": [(12, tmp_path, 3)],
+        "decode": calls({}),
+        "built": [(18, tmp_path, 3)],
+        "states": StateType(),
     }
 
 
-def test_training_has_choices_of_its_own_or_is_left_out(asked, tmp_path):
-    build(f"{LINE} --keep all --training-schedule segment=4", tmp_path)
+def test_training_and_decoding_have_choices_of_their_own(asked, tmp_path):
+    build(f"{LINE} --keep all --training-schedule segment=4 --decode-schedule v_tile=64", tmp_path)
     assert asked["training"] == calls({"keep": "all", "segment": 4})
-    build(f"{LINE} --inference-only", tmp_path)
-    assert len(asked["training"]) == 6 and asked["built"][1] == (6, tmp_path, 3)
+    assert asked["decode"] == calls({"v_tile": 64})
+
+
+@pytest.mark.parametrize("purposes", [("inference",), ("training",), ("decode",), ("inference", "decode")])
+def test_only_some_purposes(asked, tmp_path, purposes):
+    build(f"{LINE} {' '.join(f'--only {purpose}' for purpose in purposes)}", tmp_path)
+    assert {name for name in PURPOSES if asked[name]} == set(purposes)
+    assert asked["built"] == [(6 * len(purposes), tmp_path, 3)]
+
+
+def test_the_type_of_states(asked, tmp_path):
+    build(f"{LINE} --state-layout VK --state-dtype bfloat16", tmp_path)
+    assert asked["states"] == StateType("VK", "bfloat16")
 
 
 def test_without_a_terminal_progress_is_plain_lines(capsys):
@@ -117,7 +138,7 @@ def test_nothing_to_do_shows_nothing(capsys):
 
 
 def progress_job(name):
-    return SimpleNamespace(name=name, target="sm90", training=name == "two")
+    return SimpleNamespace(name=name, target="sm90", purpose="training" if name == "two" else "inference")
 
 
 def test_what_spills_is_warned_of():
@@ -126,7 +147,7 @@ def test_what_spills_is_warned_of():
         "kda_scan spills 20 bytes of registers to memory: right, but slower",
         "kda_scan: ptxas info : (C7512) serialized",
     ]
-    assert progress.warnings(kernel, training=True)[0].startswith("kda_scan (training) spills 20 bytes")
+    assert progress.warnings(kernel, "training")[0].startswith("kda_scan (training) spills 20 bytes")
 
 
 def test_the_environment_decides_the_folders(monkeypatch, tmp_path):
