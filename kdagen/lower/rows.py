@@ -49,7 +49,7 @@ def of_sequence(chunk: int) -> Lets:
     """`start` and `length` of sequence b, `first`, the slot of its first chunk, and `chunks`, how many it has."""
     return (
         ("start", "T.max(T.min(cu_seqlens[b], tokens), 0)"),
-        ("length", "T.max(T.min(cu_seqlens[b + 1], tokens) - start, 0)"),
+        ("length", "T.min(T.max(cu_seqlens[b + 1], start), tokens) - start"),
         ("first", f"start // {chunk} + b"),
         ("chunks", f"(length + {chunk - 1}) // {chunk}"),
     )
@@ -90,7 +90,7 @@ def lower_index(name: str, chunk: int, segment: int = 0) -> Kernel:
         buffers=(CU_SEQLENS, CHUNK_ROWS, *([SEGMENTS] if segment else [])),
         lets=(
             ("start", "T.max(cu_seqlens[b], 0)"),
-            ("length", "T.max(cu_seqlens[b + 1] - start, 0)"),
+            ("length", "T.max(cu_seqlens[b + 1], start) - start"),
             ("chunks", f"(length + {chunk - 1}) // {chunk}"),
             ("end", f"T.if_then_else(b == N1 - 2, NC, T.min((start + length) // {chunk} + b + 1, NC))"),
             ("steps", f"(end - start // {chunk} - b + {THREADS - 1}) // {THREADS}"),
@@ -98,7 +98,7 @@ def lower_index(name: str, chunk: int, segment: int = 0) -> Kernel:
         loads=(),
         body=tuple(tables),
         stores=(),
-        chunk_size=chunk,
+        chunk_size=chunk * THREADS,  # tokens that an iteration speaks of
     )
 
 

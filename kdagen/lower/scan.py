@@ -122,7 +122,7 @@ def scan_kernel(
     scalars = [b for b in others if b.role == "scalar"]
     globals_ = _used([*arguments, *states, *w.buffers(), *others], [*loads, *body, *stores, before, *after])
     tiles, lets = tile_of(w.dims["V"] // step.tile, ("b", "N"))
-    returned = (("returned", f"T.truncdiv(start, every * {step.chunk})"),) if EVERY in scalars else ()
+    returned = (("returned", f"T.truncdiv(start // {step.chunk}, every)"),) if EVERY in scalars else ()
     return Kernel(
         name=name,
         family=family,
