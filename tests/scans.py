@@ -1,4 +1,4 @@
-"""The scans of an op in training by themselves, lowered and generated: prepare, scan, replay, reverse."""
+"""The scans of an op in training by themselves, lowered and generated: index, prepare, scan, replay, reverse."""
 
 from kdagen.autotune.select import default_training_schedule
 
@@ -9,6 +9,7 @@ from kdagen.derive.chunk import chunk_form
 from kdagen.ir.tile import verify
 from kdagen.lower.prepare import argument_buffers, lower_prepare
 from kdagen.lower.reverse import lower_reverse
+from kdagen.lower.rows import lower_index
 from kdagen.lower.scan import lower_replay, lower_scan
 from kdagen.lower.workspace import Workspace
 from kdagen.pipeline import argument_dtypes
@@ -25,6 +26,7 @@ def training_scans(recurrence, head_dim=64, arch="sm90", dtype="bfloat16", **cho
     dtypes = argument_dtypes(form, dtype, dtype)
     given = workspace, schedule, argument_buffers(form, dims, dtypes)
     return schedule, {
+        "index": verify(lower_index(form.name, schedule.chunk_size, schedule.segment)),
         "prepare": verify(lower_prepare(program, workspace, schedule, dtypes)),
         "scan": verify(lower_scan(program, *given, keep_states=True)),
         "replay": verify(lower_replay(program, *given)),

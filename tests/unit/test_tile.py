@@ -19,11 +19,12 @@ from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm
 
 A = Buffer("a_s", (16, 64), "bfloat16", "shared")
+ROWS = Buffer("rows", ("N1",), "int32", "global", "cu_seqlens")
 ACC = Buffer("acc_f", (16, 16), "float32", "fragment")
-SRC = Buffer("src_in", ("B", "NC", 64), "bfloat16", "global", "argument")
+SRC = Buffer("src_in", ("HV", "NC", 64), "bfloat16", "global", "argument")
 
 
-def kernel(*body, buffers=(A, ACC, SRC), **fields):
+def kernel(*body, buffers=(A, ACC, SRC, ROWS), **fields):
     return Kernel("k", "prepare", "prepare", (("n", "NC"),), 64, 1, buffers, (), body, (), chunk_size=16, **fields)
 
 
@@ -31,9 +32,12 @@ PRODUCT = Gemm("acc_f", "a_s", "a_s", (16, 16, 64), trans_b=True, clear=True, eq
 
 
 def test_a_legal_kernel_passes_and_prints():
-    legal = kernel(Copy("a_s", "src_in[b, n, 0:64]"), PRODUCT)
-    verify(legal)
+    legal = kernel(
+        Copy("a_s", "src_in[h, n, 0:64]"), PRODUCT, lets=(("start", "rows[n]"),), chunk_lets=(("m", "start + n"),)
+    )
+    assert verify(legal) == legal
     assert "acc_f = a_s @ a_s.T    # G = A A^T" in show(legal)
+    assert "  let start = rows[n]\n  let m = start + n\n" in show(legal)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,11 @@ def test_a_legal_kernel_passes_and_prints():
         (kernel(dataclasses.replace(PRODUCT, size=(32, 16, 64))), "needs an fp32 fragment"),
         (kernel(dataclasses.replace(PRODUCT, acc="a_s")), "needs an fp32 fragment"),
         (kernel(buffers=(A, A)), "declared twice"),
+        (
+            kernel(lets=(("start", "cu_seqlens[b]"),)),
+            "'start = cu_seqlens\\[b\\]' uses 'cu_seqlens', which is no buffer",
+        ),
+        (kernel(chunk_lets=(("row", "rows[n, 0]"),)), "gives 2 indices to rows"),
     ],
 )
 def test_illegal_kernels_are_refused(broken, message):
@@ -54,14 +63,14 @@ def test_illegal_kernels_are_refused(broken, message):
 
 def test_traffic_counts_slices_and_elements():
     moved = kernel(
-        Copy("a_s", "src_in[b, n * 2:n * 2 + 2, 0:64]"),
-        Map((("i", 16), ("j", 64)), (("a_s[i, j]", "src_in[b, n, j] + src_in[b, n, j]"),)),
+        Copy("a_s", "src_in[h, n * 2:n * 2 + 2, 0:64]"),
+        Map((("i", 16), ("j", 64)), (("a_s[i, j]", "src_in[h, n, j] + src_in[h, n, j]"),)),
     )
     assert bytes_a_token(moved) == (2 * 64 * 2 + 64 * 2) / 16
 
 
 def test_flops_count_every_v_tile():
-    tiled = dataclasses.replace(kernel(PRODUCT), grid=(("tile", "2"), ("h", "H")))
+    tiled = dataclasses.replace(kernel(PRODUCT), grid=(("tile_b", "2 * N"), ("h", "HV")))
     assert chunk_flops(tiled) == 2 * chunk_flops(kernel(PRODUCT)) == 2 * 2 * 16 * 16 * 64
 
 
