@@ -62,7 +62,7 @@ class StepForm:
 
 
 def verify(form: StepForm) -> StepForm:
-    """The form itself; KdagenError unless values are made once, before they are read, with the dims their place asks."""
+    """The form itself; KdagenError unless values are made once, before they are read, with dims as their place asks."""
     known: dict[str, Value] = {}
     for op in form.ops:
         _check(form, _operands(op), known, op.eq)

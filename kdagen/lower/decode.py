@@ -7,24 +7,22 @@ every warp for itself. Unlike the scan, which takes chunks, nothing here is a ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from kdagen.errors import ScheduleError
 from kdagen.ir.step import Read, StepForm
 from kdagen.ir.tensor import Load, RowSum, Value
 from kdagen.ir.tensor import Map as TensorMap
 from kdagen.ir.tensor import reads as read_by
-from kdagen.ir.tile import BYTES, Buffer, ColSum, Copy, Kernel, Map, Statement, reads, verify, writes
+from kdagen.ir.tile import Buffer, ColSum, Copy, Kernel, Map, Statement, reads, verify, writes
 from kdagen.ir.tile import RowSum as TileRowSum
 from kdagen.lower import check_head_dims, said
 from kdagen.lower.block import Access, Block, element
 from kdagen.lower.expression import tile_text
+from kdagen.lower.layouts import LANES, Tile, along
 from kdagen.lower.prepare import argument_buffers
 from kdagen.lower.rows import CU_SEQLENS, KEY_HEAD, tile_of
 from kdagen.schedule import DecodeSchedule
 from kdagen.state import StateType
 
-LANES = 32
 INDICES = Buffer("state_indices", ("N", "W"), "int32", "global", "state_indices")
 ACCEPTED = Buffer("num_accepted_tokens", ("N",), "int32", "global", "num_accepted_tokens")
 NULL_BELOW = Buffer("null_below", (), "int32", "global", "scalar")
@@ -84,62 +82,6 @@ def _describe(form: StepForm, dims: dict[str, int], dtype: str, schedule: Decode
     )
 
 
-class Tile:
-    """How a tile of the state lies in threads: rows by columns, the columns being what is contiguous in memory.
-
-    `lanes` threads stand beside one another on a row, with vectors of 16 bytes each; `rows` rows are held at a time.
-    """
-
-    def __init__(self, shape: tuple[int, int], dtype: str, threads: int):
-        self.shape, self.vector = shape, 16 // BYTES[dtype]
-        self.lanes = min(shape[1] // self.vector, LANES)
-        self.rows = threads // max(self.lanes, 1)
-        if not self.lanes or shape[0] % self.rows or self.rows * self.lanes != threads:
-            raise ScheduleError(
-                f"{threads} threads cannot share a tile of the state of {shape[0]} x {shape[1]} as {dtype} in vectors "
-                f"of 16 bytes: choose another v_tile or threads, such as 32 and 128"
-            )
-
-    @property
-    def whole(self) -> str:
-        """Which thread holds element (i, j) of the tile, and where."""
-        lane, at = self._column("j")
-        index = f"i // {self.rows} * {self.shape[1] // self.lanes} + {at}"
-        return _fragment(self.shape, "i, j", f"i % {self.rows} * {self.lanes} + {lane}", index)
-
-    @property
-    def of_columns(self) -> str:
-        """The same of a vector along a row: each thread holds the columns that it has of the tile."""
-        return along(self.shape[1], self.vector, self.lanes, self.rows)
-
-    @property
-    def of_rows(self) -> str:
-        """The same of a vector down the columns."""
-        thread = f"i % {self.rows} * {self.lanes} + rep"
-        return _fragment(self.shape[:1], "i", thread, f"i // {self.rows}", self.lanes)
-
-    def _column(self, j: str) -> tuple[str, str]:
-        return _column(j, self.vector, self.lanes)
-
-
-def along(extent: int, vector: int, lanes: int, copies: int) -> str:
-    """The layout of a vector: vectors of some elements on so many lanes beside one another, and copies of it all."""
-    lane, at = _column("j", vector, lanes)
-    return _fragment((extent,), "j", f"rep * {lanes} + {lane}", at, copies)
-
-
-def _column(j: str, vector: int, lanes: int) -> tuple[str, str]:
-    """The lane that holds column j, and where."""
-    return f"{j} // {vector} % {lanes}", f"{j} // {vector * lanes} * {vector} + {j} % {vector}"
-
-
-def _fragment(shape: tuple[int, ...], names: str, thread: str, index: str, copies: int = 0) -> str:
-    """A layout in TileLang's terms; with copies, `thread` holds the one numbered `rep`."""
-    copied = (", rep", f", replicate={copies}") if copies else ("", "")
-    holder = f"lambda {names}{copied[0]}: {thread}{copied[1]}"
-    return f"T.Fragment({shape}, None, {holder}, forward_index_fn=lambda {names}: {index})"
-
-
 class _Decode:
     """How each value of a token is read, and the block under construction."""
 
@@ -150,7 +92,8 @@ class _Decode:
         self.block = Block()
         self.access: dict[Value, Access] = {}  # by index of the channel; of V, within the tile
         self.anywhere: dict[Value, Access] = {}  # values of V from arguments alone, at any of all V channels
-        self.in_tile = _closure(form)
+        self.met: dict[Value, Access] = {}  # key vectors, where they meet the state
+        self.in_tile = _in_tile(form)
         self.by_rows = state.layout == "KV"  # rows of the tile are key channels
         if dims["V"] % schedule.v_tile:
             raise ScheduleError(f"v_tile {schedule.v_tile} does not divide V = {dims['V']}: expected 16, 32 or 64")
@@ -228,34 +171,35 @@ class _Decode:
         return f"o_out[t, h, tile * {self.schedule.v_tile} + {j}]"
 
     def load(self, op: Load) -> None:
-        a, (axis,) = op.argument, op.out.dims or ("",)
+        a, tile = op.argument, self.schedule.v_tile
         lead = ("t", "hk" if self.canonical.heads(a) == "H" else "h") if a.per_token else ("h",)
-        self.define(op.out, axis, lambda *j: f"T.cast({a.name}_in[{', '.join((*lead, *j))}], 'float32')", op.eq)
+
+        def read(*j: str) -> str:
+            return f"T.cast({a.name}_in[{', '.join((*lead, *j))}], 'float32')"
+
+        if a.axis == "V":
+            self.anywhere[op.out] = read
+            self.keep(op.out, lambda j: read(f"tile * {tile} + {j}"), op.eq)
+        else:
+            self.keep(op.out, read, op.eq)
 
     def map(self, op: TensorMap) -> None:
-        (axis,) = op.out.dims or ("",)
-        where = {v: self.anywhere.get(v, self.access.get(v)) for v, _ in op.operands} if axis == "V" else self.access
+        operands = [v for v, _ in op.operands]
 
         def text(access: dict[Value, Access], *j: str) -> str:
-            return tile_text(op.expr, {v.symbol: access[v](*j[: len(v.dims)]) for v, _ in op.operands})
+            return tile_text(op.expr, {v.symbol: access[v](*j[: len(v.dims)]) for v in operands})
 
-        if axis == "V" and all(where.values()):
-            self.anywhere[op.out] = lambda j: f"({text(where, j)})"
-        if axis != "V" or op.out in self.in_tile:
-            self.fill(op.out, axis, lambda *j: text(self.access, *j), op.eq)
+        everywhere = {**{v: self.access[v] for v in operands if not v.dims}, **self.anywhere}
+        if op.out.dims == ("V",) and all(v in everywhere for v in operands):
+            self.anywhere[op.out] = lambda j: f"({text(everywhere, j)})"
+        self.keep(op.out, lambda *j: text(self.access, *j), op.eq)
 
-    def define(self, value: Value, axis: str, read: Access, eq: str) -> None:
-        """A value that `read` gives at any channel: into registers, of V only what the tile needs."""
-        if axis == "V":
-            self.anywhere[value] = read
-        if axis != "V":
-            self.fill(value, axis, read, eq)
-        elif value in self.in_tile:
-            self.fill(value, axis, lambda j: read(f"tile * {self.schedule.v_tile} + {j}"), eq)
-
-    def fill(self, value: Value, axis: str, read: Access, eq: str) -> None:
+    def keep(self, value: Value, read: Access, eq: str) -> None:
+        """A value that `read` gives, into registers, unless nothing in the tile needs it."""
+        if value.dims == ("V",) and value not in self.in_tile:
+            return
+        (axis,), index = value.dims or ("",), "j" if value.dims else "i"
         name, n = self.vector(value.name, axis)
-        index = "j" if axis else "i"
         self.block.add(Map(((index, n),), ((f"{name}[{index}]", read(*([index] if axis else []))),), eq=eq))
         self.access[value] = element(name) if axis else lambda: f"{name}[0]"
 
@@ -271,16 +215,18 @@ class _Decode:
         self.access[op.out] = lambda: f"{total}[0]"
 
     def share(self, form: StepForm) -> None:
-        """Key vectors that meet the state's rows go to shared memory: each thread has other rows than channels."""
+        """Key vectors that meet the state: through shared memory where key channels are its rows.
+
+        A thread has few rows, and of a vector other channels than these; of the columns it has its own.
+        """
         decay = [form.decay] if form.decay and form.decay.dims else []
-        self.met = dict.fromkeys([*(r.z for r in form.reads), *decay, *(w.x for w in form.writes)])
+        met = dict.fromkeys([*(r.z for r in form.reads), *decay, *(w.x for w in form.writes)])
+        self.met = {v: self.access[v] for v in met}
         if self.by_rows:
-            names = {v: self.block.shared(v.name, self.dims["K"]) for v in self.met}
+            names = {v: self.block.shared(v.name, self.dims["K"]) for v in met}
             copies = tuple((f"{name}[j]", self.access[v]("j")) for v, name in names.items())
             self.block.add(Map((("j", self.dims["K"]),), copies))
             self.met = {v: element(name) for v, name in names.items()}
-        else:
-            self.met = {v: self.access[v] for v in self.met}
 
     def read(self, read: Read) -> None:
         out, _ = self.vector(read.out.name, "V")
@@ -291,18 +237,16 @@ class _Decode:
         self.access[read.out] = element(out)
 
     def update(self, form: StepForm) -> None:
-        kept = f"{self.S}[i, j]"
+        kept, said = f"{self.S}[i, j]", "S"
         if form.decay:
             factor = self.met[form.decay](self.k) if form.decay.dims else self.access[form.decay]()
-            kept = f"{factor} * {kept}"
+            kept, said = f"{factor} * {kept}", f"{form.decay.name} S"
         writes = [f"{self.met[w.x](self.k)} * {self.access[w.p](self.v)}" for w in form.writes]
-        eq = f"S' = {f'{form.decay.name} S' if form.decay else 'S'} + " + " + ".join(
-            f"{w.x.name} {w.p.name}^T" for w in form.writes
-        )
+        eq = " + ".join([f"S' = {said}", *(f"{w.x.name} {w.p.name}^T" for w in form.writes)])
         self.block.add(Map(self.loops, ((f"{self.S}[i, j]", " + ".join([kept, *writes])),), eq=eq))
 
 
-def _closure(form: StepForm) -> set[Value]:
+def _in_tile(form: StepForm) -> set[Value]:
     """The token's values along V that are read in the tile: all but those that only feed sums."""
     wanted = {v for op in form.values for v in read_by(op)} | {w.p for w in form.writes} | {form.out}
     wanted |= {op.out for op in form.values}
