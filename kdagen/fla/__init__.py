@@ -33,6 +33,7 @@ from kdagen.fla.linear import (
     fused_recurrent_retention,
     fused_recurrent_simple_gla,
 )
+from kdagen.fla.linear_attention import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
 
 __all__ = [
     "CallError",
@@ -44,9 +45,11 @@ __all__ = [
     "chunk_gdn",
     "chunk_gla",
     "chunk_kda",
+    "chunk_linear_attn",
     "chunk_retention",
     "chunk_rwkv7",
     "chunk_simple_gla",
+    "fused_chunk_linear_attn",
     "fused_chunk_retention",
     "fused_chunk_simple_gla",
     "fused_mul_recurrent_rwkv7",
@@ -56,6 +59,7 @@ __all__ = [
     "fused_recurrent_gdn",
     "fused_recurrent_gla",
     "fused_recurrent_kda",
+    "fused_recurrent_linear_attn",
     "fused_recurrent_retention",
     "fused_recurrent_rwkv7",
     "fused_recurrent_simple_gla",

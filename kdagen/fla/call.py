@@ -46,7 +46,7 @@ class Call:
         run = op.recurrent if self.token_by_token and not wants_gradient(*given, state) else op
         cu_seqlens = self.cu_seqlens
         if self.reverse:
-            given, state, cu_seqlens = _reversed(given, state, cu_seqlens)
+            given, state, cu_seqlens = reversed_call(given, state, cu_seqlens)
         o, final = _checked(
             run, *given, initial_state=state, output_final_state=self.output_final_state, cu_seqlens=cu_seqlens
         )
@@ -125,7 +125,7 @@ def _checked(run, *args, **options):
         raise CallError(str(error)) from None
 
 
-def _reversed(given: list, state, cu_seqlens) -> tuple:
+def reversed_call(given: list, state, cu_seqlens) -> tuple:
     """The same call with tokens, and so sequences, in reverse order; parameters of the head stay."""
     given = [x.flip(1) if x.ndim > 2 else x for x in given]
     if cu_seqlens is not None:

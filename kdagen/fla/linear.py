@@ -10,7 +10,7 @@ from kdagen.fla.call import Call, CallError, NotServedError, default_scale, in_f
 
 @functools.cache
 def linear(scale: float, decay: str | None = None):
-    """S_t = decay S_{t-1} + k v^T with no decay, one a key channel ("gk"), a head ("g") or a head for good ("gamma")."""
+    """S_t = decay S_{t-1} + k v^T: no decay, one a key channel ("gk"), a head ("g"), or a head for good ("gamma")."""
 
     def step(S, q, k, v):
         S = S + kg.outer(k, v)
