@@ -89,9 +89,10 @@ class Run:
         self, op: OpSource, tensors: dict, others: dict, check_schedules: bool, check_races: bool, seeds, states_every=0
     ):
         self.op, self.specs = op, {spec.name: spec for kernel in op.kernels for spec in kernel.params}
-        batch = next(x.shape[:2] for name, x in tensors.items() if self.specs[name].shape[0] == "T")
-        self.batch, self.ragged = batch, others["cu_seqlens"] is not None
-        self.given = _given(op, self.specs, tensors, {**others, "cu_seqlens": _offsets(others["cu_seqlens"], batch)})
+        self.batch, self.ragged = _batch(op, self.specs, tensors), others["cu_seqlens"] is not None
+        self.given = _given(
+            op, self.specs, tensors, {**others, "cu_seqlens": _offsets(others["cu_seqlens"], self.batch)}
+        )
         self.sizes = _sizes(op, self.specs, self.given, states_every)
         self.given |= {name: self.value(name, states_every) for name in _of_role(self.specs, "scalar")}
         self.check_schedules, self.check_races, self.seeds = check_schedules, check_races, seeds
@@ -160,12 +161,24 @@ def _of_role(specs: dict[str, TensorSpec], role: str) -> list[str]:
     return [name for name, spec in specs.items() if spec.role == role]
 
 
-def _given(op: OpSource, specs, tensors: dict, others: dict) -> dict:
-    """The caller's tensors by name, checked for presence and dtype, tokens in a row; `others` by role."""
+def _batch(op: OpSource, specs, tensors: dict) -> tuple[int, int]:
+    """B and T, in which all arguments agree; these must be all that the op takes."""
     expected = _of_role(specs, "argument")
     if sorted(expected) != sorted(tensors):
         names = ", ".join(sorted(tensors)), ", ".join(sorted(expected))
         raise ArgumentError(f"{op.name}: got tensors {names[0]}; expected {names[1]}")
+    tokens = {name: x for name, x in tensors.items() if specs[name].shape[0] == "T"}
+    batch = tuple(next(iter(tokens.values())).shape[:2])
+    for name, x in tokens.items():
+        written = ["B", *specs[name].shape]
+        if x.dim() != len(written) or tuple(x.shape[:2]) != batch:
+            of = f"expected {written}, of the same B and T as others: {list(batch)}"
+            raise ArgumentError(f"{op.name}: '{name}' has shape {list(x.shape)}, {of}")
+    return batch
+
+
+def _given(op: OpSource, specs, tensors: dict, others: dict) -> dict:
+    """The caller's tensors by name, checked for dtype, tokens in a row; `others` by role."""
     given = dict(tensors)
     for role, tensor in others.items():
         if tensor is not None:
@@ -191,7 +204,7 @@ def _offsets(cu_seqlens, batch) -> torch.Tensor:
 
 def _sizes(op: OpSource, specs, memory: dict, states_every: int) -> dict[str, int]:
     """Values of the symbols in shapes, from the given tensors, which must agree."""
-    sizes = {}
+    sizes = {"N": len(memory["cu_seqlens"]) - 1}
     for name, tensor in memory.items():
         shape, written = list(tensor.shape), specs[name].shape
         if len(shape) == len(written):

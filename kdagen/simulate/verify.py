@@ -17,6 +17,7 @@ from kdagen.reference import recurrence_reference
 from kdagen.runtime import manifest as manifests
 from kdagen.simulate.memory import Statistics
 from kdagen.simulate.run import simulate, simulate_training
+from kdagen.state import StateType
 from kdagen.tolerance import TOLERANCE, gradient_tolerance, reference_gradients, relative_error
 
 STATES = ("initial_state", "final_state", "d_initial_state", "d_final_state")
@@ -160,4 +161,5 @@ def built_source(folder: str | Path) -> OpSource:
         recurrence=plan["recurrence"],
         passes=plan.get("passes"),
         kept=tuple(plan.get("kept", ())),
+        state=StateType(**plan["state"]),
     )

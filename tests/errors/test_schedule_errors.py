@@ -16,7 +16,7 @@ CASES = [
     ({"schedule": {"decay": "scalar"}}, "decay form 'scalar' does not fit: expected factored or tree"),
     ({"schedule": {"decay": "factored"}}, "decay 'factored' with chunk_size 16: a gate bounded by -inf"),
     ({"schedule": {"decay": "both"}}, "decay 'both': expected one of none, scalar, factored, tree"),
-    ({"schedule": {"scan_skeleton": "mine"}}, "no skeleton 'mine': expected one of gradients, output, prepare,"),
+    ({"schedule": {"scan_skeleton": "mine"}}, "no skeleton 'mine': expected one of decode, gradients, index, output, prepare,"),
     ({"arch": "sm80", "schedule": {"stages": 2}}, "stages 2: sm80 has no TMA, expected 1"),
     ({"arch": "sm80", "schedule": {"scan_skeleton": "scan_specialised"}}, "needs wgmma, which sm80 lacks"),
     ({"dtype": "float32"}, "dtype 'float32' has no kernels: expected bfloat16 or float16"),

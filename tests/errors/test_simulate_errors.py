@@ -142,7 +142,21 @@ def test_a_tensor_of_another_dtype_is_not_converted():
 def test_tensors_whose_shapes_disagree():
     with pytest.raises(ArgumentError) as caught:
         simulate(toy(), toy_inputs(g=torch.zeros(1, 17, 2)))
-    assert str(caught.value) == "toy: 'g' has shape [1, 17, 2], expected ['B', 'T', 'H'] = [1, 16, 2]"
+    assert str(caught.value) == (
+        "toy: 'g' has shape [1, 17, 2], expected ['B', 'T', 'HV'], of the same B and T as others: [1, 16]"
+    )
+    with pytest.raises(ArgumentError, match=r"'g' has shape \[2, 8, 2\]"):  # as many tokens, of other sequences
+        simulate(toy(), toy_inputs(g=torch.zeros(2, 8, 2)))
+    with pytest.raises(ArgumentError, match=r"'x' has shape \[16, 2, 64\], expected \['B', 'T', 'H', 64\]"):
+        simulate(toy(), toy_inputs(x=torch.zeros(16, 2, 64, dtype=torch.bfloat16)))
+
+
+def test_states_whose_shape_disagrees():
+    with pytest.raises(ArgumentError) as caught:
+        simulate(toy(), toy_inputs(), torch.zeros(2, 2, 16, 64))
+    assert str(caught.value) == (
+        "toy: 'initial_state' has shape [2, 2, 16, 64], expected ['N', 'HV', 16, 64] = [1, 2, 16, 64]"
+    )
 
 
 def test_an_initial_state_that_the_op_does_not_take():

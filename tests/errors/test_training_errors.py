@@ -26,7 +26,7 @@ def run(*words):
 
 
 def test_a_schedule_of_inference():
-    with pytest.raises(ScheduleError, match="a Schedule is no choice for training: expected a TrainingSchedule"):
+    with pytest.raises(ScheduleError, match="a Schedule is no choice here: expected a TrainingSchedule"):
         compile_training(zoo.get("gla"), schedule=Schedule())
 
 

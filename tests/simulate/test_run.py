@@ -43,15 +43,46 @@ def test_an_op_of_two_kernels(given, T):
     want, want_final = expected(tensors, state)
     assert relative(o, want) < 3e-3
     assert relative(final, want_final) < 3e-3
-    assert list(statistics) == ["toy_prepare", "toy_scan"]
+    assert list(statistics) == ["toy_index", "toy_prepare", "toy_scan"]
+
+
+def test_ragged_sequences_lie_in_a_row_and_the_rest_is_zero():
+    ends, tensors = [0, 0, 5, 38, 38, 39], inputs(B=1, T=48, H=2)
+    state = torch.arange(5.0)[:, None, None, None].expand(5, 2, 16, 64)
+    o, final, _ = simulate(toy(), tensors, state, cu_seqlens=torch.tensor(ends), check_races=True)
+    for s, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+        if a == b:
+            assert torch.equal(final[s], state[s])
+            continue
+        want, want_final = expected({n: x[:, a:b] for n, x in tensors.items()}, state[s : s + 1])
+        assert relative(o[:, a:b], want) < 3e-3 and relative(final[s], want_final[0]) < 3e-3
+    assert not o[:, 39:].any()
+
+
+def test_states_on_the_way():
+    tensors = inputs(B=2, T=70, H=1)
+    _, final, states, _ = simulate(toy(), tensors, states_every=32)
+    assert states.shape == (4, 1, 16, 64)
+    for slot, (b, t) in enumerate([(0, 32), (0, 64), (1, 32), (1, 64)]):
+        first = {n: x[b : b + 1, :t] for n, x in tensors.items()}
+        assert torch.equal(states[slot], simulate(toy(), first)[1][0])
+    assert torch.equal(simulate(toy(), tensors)[1], final)
+
+
+def test_heads_of_values_share_a_head_of_keys():
+    """g has the heads of values: HV = 3 H."""
+    x, g = inputs(B=1, T=20, H=2)["x"], inputs(B=1, T=20, H=6)["g"]
+    o, _, _ = simulate(toy(), {"x": x, "g": g})
+    assert relative(o, expected({"x": x.repeat_interleave(3, 2), "g": g})[0]) < 3e-3
 
 
 def test_the_workspace_passes_through_memory_once_each_way():
+    """The scan reads the chunks that there are, prepare fills every slot: T // chunk_size + N."""
     tensors = inputs(B=1, T=32, H=2)
     _, _, statistics = simulate(toy(), tensors)
-    workspace = 2 * 16 * 2 * 64 * 2
-    assert statistics["toy_prepare"].traffic["w"].written == workspace
-    assert statistics["toy_scan"].traffic["w"].read == workspace
+    chunk = 2 * 16 * 64 * 2
+    assert statistics["toy_prepare"].traffic["w"].written == 3 * chunk
+    assert statistics["toy_scan"].traffic["w"].read == 2 * chunk
     per_token = traffic_per_token_head(statistics, 32, 2)
     assert per_token == sum(s.bytes_moved for s in statistics.values()) / 64
 
@@ -72,7 +103,8 @@ def test_what_no_kernel_writes_stays_nan():
 
 
 def test_blocks_that_race_are_refused_when_asked():
-    racing = PREPARE.replace("T.if_then_else(t < TIME", "T.if_then_else(t + n < TIME").replace("w[b, n, i", "w[b, 0, i")
+    racing = PREPARE.replace("w[h, n, i", "w[h, 0, i")
+    assert racing != PREPARE
     simulate(toy(prepare=racing), inputs())
     with pytest.raises(SimulationError, match="race in 'w'"):
         simulate(toy(prepare=racing), inputs(), check_races=True)
@@ -104,8 +136,8 @@ def test_both_passes_of_an_op_in_training():
         assert found.shape == wanted.shape and relative(found, wanted) < 5e-3
     assert torch.equal(d_state, d_final) and torch.equal(final, torch.zeros_like(final))
     assert {which: list(kernels) for which, kernels in statistics.items()} == {
-        "forward": ["toy_scan"],
-        "backward": ["toy_reverse", "toy_gradients"],
+        "forward": ["toy_index", "toy_scan"],
+        "backward": ["toy_index", "toy_reverse", "toy_gradients"],
     }
 
 
@@ -116,10 +148,15 @@ def test_a_cotangent_that_is_not_given_is_zero():
 
 
 def test_what_the_backward_does_not_write_stays_nan():
-    silent = toy_training.GRADIENTS.replace("d_a_out[b, h, n] = total[0]", "total[0] = 0")
-    tensors, d_out, d_final = training_inputs()
-    gradients = simulate_training(toy_training.toy(silent), tensors, None, d_out, d_final)[2]
-    assert gradients["a"].isnan().all() and not gradients["x"].isnan().any()
+    """What is added up, which the runtime has set to zero, stays zero."""
+    given, (tensors, d_out, d_final) = toy_training.GRADIENTS, training_inputs()
+    for name, silent in {
+        "a": given.replace("d_a_out[h, n] = total[0]", "total[0] = 0"),
+        "g": given.replace("d_g_out[chunk_rows[n, 0] + i, h] = ", "s[i] = "),
+    }.items():
+        gradients = simulate_training(toy_training.toy(silent), tensors, None, d_out, d_final)[2]
+        assert not gradients["a"].any() if name == "a" else gradients["g"].isnan().all()
+        assert not gradients["x"].isnan().any()
 
 
 def test_workspaces_that_are_not_kept_are_forgotten():

@@ -1,5 +1,6 @@
 """Comparing a program with its recurrence: `kdagen simulate`, the verdict, and programs of a built folder."""
 
+import dataclasses
 import re
 
 import packages
@@ -13,6 +14,7 @@ from kdagen.pipeline import compile_op, compile_training
 from kdagen.simulate import verify as module
 from kdagen.simulate.memory import Statistics
 from kdagen.simulate.verify import Verdict, built_source, draw, verify, verify_training
+from kdagen.state import StateType
 from kdagen.tolerance import loosely
 
 
@@ -23,11 +25,12 @@ def simulate(*words: str):
 def test_the_command_shows_errors_traffic_and_races():
     result = simulate("gated_deltanet", "--head-dim", "64", "--tokens", "40", "--heads", "1", "--check-schedules")
     assert result.exit_code == 0, result.output
-    head, schedule, _, titles, prepare, scan, total, *_ = result.output.splitlines()
+    head, schedule, _, titles, index, prepare, scan, total, *_ = result.output.splitlines()
     assert head == "gated_deltanet for sm90, bfloat16, K = 64, V = 64: B = 1, T = 40, H = 1, mild gate"
     assert schedule.startswith("schedule: chunk_size ")
-    moved = [int(line.split()[-2].replace(",", "")) for line in (prepare, scan, total)]
-    assert moved[0] > 0 and moved[1] > 0 and abs(sum(moved[:2]) - moved[2]) <= 1
+    moved = [int(line.split()[-2].replace(",", "")) for line in (index, prepare, scan, total)]
+    assert index.startswith("gated_deltanet_index ") and 0 < moved[0] < 5
+    assert moved[1] > 0 and moved[2] > 0 and abs(sum(moved[:3]) - moved[3]) <= 1
     assert "initial and final states: 32,768 bytes a head" in result.output
     for row in ("output", "final state"):
         error, good = re.search(rf"^{row} +(\S+) +\S+ +(\S+)$", result.output, re.MULTILINE).groups()
@@ -89,9 +92,11 @@ def test_inputs_are_drawn_in_the_dtypes_of_the_kernels():
     assert tuple(state.shape) == (2, 3, 64, 128)
 
 
-def test_the_program_of_a_built_folder_is_the_one_that_was_built(tmp_path):
-    source = compile_op(zoo.get("deltaproduct"), (64, 128))
+@pytest.mark.parametrize("state", [StateType(), StateType("VK", "bfloat16")], ids=lambda state: state.name)
+def test_the_program_of_a_built_folder_is_the_one_that_was_built(tmp_path, state):
+    source = compile_op(zoo.get("deltaproduct"), (64, 128), state=state)
     found = built_source(packages.write(tmp_path / "out", source, tmp_path))
+    assert found == dataclasses.replace(source, kernels=found.kernels, passes=source.plan()["passes"])
     assert found.plan() == source.plan()
     assert [k.text for k in found.kernels] == [k.text for k in source.kernels]
     assert [k.params for k in found.kernels] == [k.params for k in source.kernels]
@@ -102,7 +107,8 @@ def test_the_command_shows_gradients():
     result = simulate("gated_deltanet", *words)
     assert result.exit_code == 0, result.output
     kernels = re.findall(r"^(forward|backward) gated_deltanet_(\w+) ", result.output, re.MULTILINE)
-    assert kernels == [("forward", "prepare"), ("forward", "scan"), ("backward", "reverse"), ("backward", "gradients")]
+    forward, backward = ("index", "prepare", "scan"), ("index", "reverse", "gradients")
+    assert kernels == [*(("forward", k) for k in forward), *(("backward", k) for k in backward)]
     rows = re.findall(r"^(d_\w+) +(\S+) +(\S+) +(yes|NO)$", result.output, re.MULTILINE)
     assert {name: most for name, _, most, _ in rows} == {
         "d_q": "0.008", "d_k": "0.008", "d_v": "0.008", "d_g": "0.02", "d_beta": "0.02", "d_initial_state": "0.008"
