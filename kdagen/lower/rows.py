@@ -55,6 +55,11 @@ def of_sequence(chunk: int) -> Lets:
     )
 
 
+def most_tokens(chunk: int) -> Lets:
+    """`tokens` where no tensor has a row for each: not fewer than there are, and none beyond the slots."""
+    return (("tokens", f"(NC - N + 1) * {chunk} - 1"),)
+
+
 def of_segment(segment: int) -> Lets:
     """`from_slot`, the slot of the first chunk of the block's segment, and `chunks`, how many it has."""
     return (
@@ -103,7 +108,7 @@ def lower_index(name: str, chunk: int, segment: int = 0) -> Kernel:
 
 
 def _table(table: Buffer, slots: str, tokens: int, begin: str, count: str, unit: int) -> Map:
-    """Entry i of a sequence, which has a slot for every `tokens` of its own: begin + i unit, and what is left of count."""
+    """Entry i of a sequence, which has a slot for each `tokens` of its own: begin + i unit, and what is left of count."""
     own = f"step * {THREADS} + i"
     slot = f"start // {tokens} + b + {own}"
     end = f"T.if_then_else(b == N1 - 2, {slots}, (start + length) // {tokens} + b + 1)"

@@ -12,7 +12,17 @@ from collections.abc import Iterable
 from kdagen.ir.tensor import Op, Program, Value
 from kdagen.ir.tile import Buffer, Copy, Kernel, Map, Statement, reads, writes
 from kdagen.lower.asynchronous import insert_waits
-from kdagen.lower.rows import CHUNK, CHUNK_ROWS, CU_SEQLENS, Place, in_sequence, of_chunk, of_sequence, tile_of
+from kdagen.lower.rows import (
+    CHUNK,
+    CHUNK_ROWS,
+    CU_SEQLENS,
+    Place,
+    in_sequence,
+    most_tokens,
+    of_chunk,
+    of_sequence,
+    tile_of,
+)
 from kdagen.lower.step import Carried, Step
 from kdagen.lower.workspace import Workspace, operands
 from kdagen.schedule import Schedule
@@ -122,6 +132,8 @@ def scan_kernel(
     scalars = [b for b in others if b.role == "scalar"]
     globals_ = _used([*arguments, *states, *w.buffers(), *others], [*loads, *body, *stores, before, *after])
     tiles, lets = tile_of(w.dims["V"] // step.tile, ("b", "N"))
+    if not any("T" in b.shape for b in globals_):
+        lets += most_tokens(step.chunk)
     returned = (("returned", f"T.truncdiv(start // {step.chunk}, every)"),) if EVERY in scalars else ()
     return Kernel(
         name=name,
