@@ -9,7 +9,9 @@ from kdagen import zoo
 from kdagen.build import adapter
 from kdagen.derive.canonical import canonical
 from kdagen.reference import recurrence_reference
+from kdagen.runtime.capacities import capacities
 from kdagen.simulate.program import Simulator
+from kdagen.simulate.run import GARBAGE
 from kdagen.simulate.schedule import check_schedule
 from kdagen.simulate.torch_arrays import to_numpy
 from kdagen.target import target
@@ -26,19 +28,33 @@ class Run:
         self.target = target(choices.get("arch", "sm90"))
         schedule, self.sources = generated(self.recurrence, head_dim, chunk_size=chunk_size, segment=segment, **choices)
         self.chunk, self.specs = schedule.chunk_size, {p.name: p for s in self.sources.values() for p in s.params}
-        self.chunks = -(-tokens // self.chunk)
+        self.tokens, self.chunks = tokens, -(-tokens // self.chunk)
         self.d_out = next(n for n, p in self.specs.items() if p.role == "d_out")
-        self.ends = next(n for n, p in self.specs.items() if "NE" in p.shape)
+        self.ends = next(n for n, p in self.specs.items() if "NG" in p.shape and n != "segments")
         k, v = self.specs["d_final_state"].shape[2:]
-        self.size = {"B": 2, "T": tokens, "H": 2, "NC": self.chunks, "NE": -(-self.chunks // segment) + 1}
+        self.size = capacities(2 * tokens, 2, self.chunk, schedule.fields()) | {"H": 2, "HV": 2}
         generator = torch.Generator().manual_seed(0)
-        self.memory = {n: torch.full(self.shape(n), torch.nan, dtype=self.dtype(n)) for n in self.specs}
+        self.memory = {n: self.new(n) for n in self.specs}
+        self.memory["cu_seqlens"] = torch.tensor([0, tokens, 2 * tokens], dtype=torch.int32)
         for given, scale in ((self.d_out, 1.0), ("d_final_state", 0.1), ("initial_state", 0.1)):
             random = scale * torch.randn(self.shape(given), generator=generator)
             self.memory[given] = random.to(self.dtype(given))
         self.inputs = zoo.sample(canonical(self.recurrence), (2, tokens, 2, k, v), gate)
         self.inputs = {n: x.to(self.dtype(n)) for n, x in self.inputs.items()}
-        self.memory |= self.inputs
+        self.memory |= {n: x.flatten(0, 1) if self.per_token(n) else x for n, x in self.inputs.items()}
+        self.execute("index")
+
+    def new(self, name):
+        dtype = self.dtype(name)
+        return torch.full(self.shape(name), torch.nan if dtype.is_floating_point else GARBAGE, dtype=dtype)
+
+    def per_token(self, name):
+        return name in self.specs and self.specs[name].shape[0] == "T"
+
+    def slots(self, length):
+        """Those of both sequences, [B, slots]: of so many tokens each."""
+        count, first = -(-self.tokens // length), torch.tensor([[0], [self.tokens // length + 1]])
+        return first + torch.arange(count)
 
     def shape(self, name):
         return [self.size.get(n, n) for n in self.specs[name].shape]
@@ -51,7 +67,7 @@ class Run:
             source = self.sources[kernel]
             function = adapter.trace(source.text, source.name, f"<{source.name}>")
             arrays = [to_numpy(self.memory[p.name]) for p in source.params]
-            if self.seeds and kernel != "prepare":
+            if self.seeds and kernel not in ("index", "prepare"):
                 report = check_schedule(function, self.target, arrays, self.seeds)
                 assert report.ok, report
             Simulator(function, check_races=True)(*arrays)
@@ -61,11 +77,12 @@ class Run:
         """States before each chunk and the final one, and the cotangents of all of these."""
         state = self.memory["initial_state"].double().requires_grad_()
         states, loss = [state], 0.0
-        for first in range(0, self.size["T"], self.chunk):
+        d_out = self.memory[self.d_out].double().unflatten(0, (2, self.tokens))
+        for first in range(0, self.tokens, self.chunk):
             rows = slice(first, first + self.chunk)
-            inputs = {n: x[:, rows] if x.shape[:1] == (2,) and x.ndim > 2 else x for n, x in self.inputs.items()}
+            inputs = {n: x[:, rows] if self.per_token(n) else x for n, x in self.inputs.items()}
             o, state = recurrence_reference(self.recurrence, inputs, states[-1])
-            loss = loss + (o * self.memory[self.d_out][:, rows].double()).sum()
+            loss = loss + (o * d_out[:, rows]).sum()
             states.append(state.clone())  # what later chunks owe to it, without this chunk's own last output
         loss = loss + (states[-1] * self.memory["d_final_state"].double()).sum()
         return [s.detach() for s in states], torch.autograd.grad(loss, states)
@@ -77,15 +94,16 @@ def relative(a, b):
 
 def check_states(run):
     states, _ = run.expected()
-    assert relative(run.memory["S_w"], torch.stack(states[:-1], 2).mT) < TOLERANCE["bfloat16"]
+    kept = run.memory["S_w"][:, run.slots(run.chunk)]  # [H, B, chunks, V, K]
+    assert relative(kept, torch.stack(states[:-1]).permute(2, 1, 0, 4, 3)) < TOLERANCE["bfloat16"]
 
 
 def check_cotangents(run, dtype="bfloat16"):
     _, cotangents = run.expected()
     kept = [*range(run.segment, run.chunks, run.segment), run.chunks]
-    slots = run.memory[run.ends][:, :, 1:]
+    slots = run.memory[run.ends][:, run.slots(run.chunk * run.segment)]  # [H, B, segments, V, K]
     assert len(kept) == slots.shape[2]
-    assert relative(slots, torch.stack([cotangents[c] for c in kept], 2).mT) < TOLERANCE[dtype]
+    assert relative(slots, torch.stack([cotangents[c] for c in kept]).permute(2, 1, 0, 4, 3)) < TOLERANCE[dtype]
     assert relative(run.memory["d_initial_state"], cotangents[0]) < TOLERANCE[dtype]
 
 
@@ -103,7 +121,8 @@ def test_states_before_each_chunk(name, chunk_size):
     kept = run.memory["S_w"].clone()
     run.memory["S_w"].fill_(torch.nan)
     run.execute("replay")
-    assert torch.equal(run.memory["S_w"], kept)
+    assert torch.equal(run.memory["S_w"].isnan(), kept.isnan())  # slots without a chunk
+    assert torch.equal(run.memory["S_w"][:, run.slots(run.chunk)], kept[:, run.slots(run.chunk)])
 
 
 @pytest.mark.parametrize("output", ["split", "fused"])
