@@ -72,24 +72,25 @@ def test_a_build_leaves_sources_libraries_and_a_manifest(built):
     assert built.folder.parts[-3:] == ("my_ops", "toy", VARIANT)
     assert sorted(f.name for f in built.folder.iterdir()) == [
         "manifest.json",
-        *(f"toy_{kernel}.{kind}" for kernel in ("prepare", "scan") for kind in ("cu", "py", "so")),
+        *(f"toy_{kernel}.{kind}" for kernel in ("index", "prepare", "scan") for kind in ("cu", "py", "so")),
     ]
     found = manifest.read(built.folder)
-    prepare, scan = found["kernels"]
+    index, prepare, scan = found["kernels"]
     assert found["plan"] == toy.toy().plan()
     assert found["target"] == {"name": "sm90", "arch": "sm_90a", "runs_on": ["9.0"], "compiled": True}
     assert found["host"] == platform.machine()
     assert set(found["versions"]) == {"kdagen", "tilelang", "nvcc"}
-    assert (prepare["grid"], prepare["block"]) == (["NC", "H", "B"], [64, 1, 1])
-    assert (scan["grid"], scan["block"]) == (["H", "B", "1"], [256, 1, 1])  # a producer warpgroup on top
+    assert (index["grid"], index["block"]) == (["N1 - 1", "1", "1"], [64, 1, 1])
+    assert (prepare["grid"], prepare["block"]) == (["NC", "HV", "1"], [64, 1, 1])
+    assert (scan["grid"], scan["block"]) == (["N", "HV", "1"], [256, 1, 1])  # a producer warpgroup on top
     assert (scan["shared_bytes"], scan["tma_descriptors"]) == (2 * 16 * 64 * 2, 1)
-    assert all(0 < k["registers"] <= 255 and k["spill_stores"] == k["spill_loads"] == 0 for k in (prepare, scan))
-    assert (built.folder / "toy_scan.py").read_text() == toy.toy().kernels[1].text
+    assert all(0 < k["registers"] <= 255 and k["spill_stores"] == k["spill_loads"] == 0 for k in found["kernels"])
+    assert (built.folder / "toy_scan.py").read_text() == toy.toy().kernels[2].text
     assert "__global__" in (built.folder / "toy_scan.cu").read_text()
 
 
 def test_the_summary_lists_every_kernel(built):
-    header, prepare, scan = summary([built]).splitlines()
+    header, _, prepare, scan = summary([built]).splitlines()
     titles = "op for target kernel threads registers spilled bytes shared KiB seconds"
     assert " ".join(header.split()) == titles
     assert prepare.split()[:5] == ["toy", "inference", "sm90", "toy_prepare", "64"]
@@ -101,7 +102,7 @@ def test_what_takes_longest_is_compiled_first(monkeypatch, tmp_path):
     monkeypatch.setenv("KDAGEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(builder.pool, "compile_all", lambda jobs, *_: order.extend(len(j.text) for j in jobs.values()))
     builder.compile_kernels([toy.toy(), toy_training.toy()], 2, builder.Progress(silent=True))
-    assert len(order) == 5 and order == sorted(order, reverse=True)
+    assert len(order) == 7 and order == sorted(order, reverse=True)
 
 
 def test_a_warm_build_needs_no_tilelang_and_leaves_the_same_bytes(built, tmp_path):
@@ -139,20 +140,23 @@ def test_a_build_killed_at_any_stage_harms_neither_cache_nor_folder(built, tmp_p
 
 
 def test_the_kernels_launch_on_the_mock_driver(built, driver):
-    b, t, h, nc = 2, 37, 3, 3
-    w, state = tensor((b, nc, 16, h, 64), "bfloat16"), tensor((b, h, 16, 64), "float32")
-    x, g, o = tensor((b, t, h, 64), "bfloat16"), tensor((b, t, h), "float32"), tensor((b, t, h, 64), "float32")
-    prepare = driver.call(built.folder / "toy_prepare.so", "toy_prepare", [x, g, w])
-    scan = driver.call(built.folder / "toy_scan.so", "toy_scan", [w, state, o, state])
-    assert prepare["errors"] == scan["errors"] == []
-    assert f"cuLaunchKernel toy_prepare_kernel grid={nc},{h},{b} block=64,1,1 shared=2048" in prepare["log"][-1]
-    assert f"cuLaunchKernel toy_scan_kernel grid={h},{b},1 block=256,1,1 shared=4096" in scan["log"][-1]
+    t, n, h, hv, nc, ns = 74, 2, 3, 6, 6, 1
+    w, state = tensor((hv, nc, 16, 64), "bfloat16"), tensor((n, hv, 16, 64), "float32")
+    x, g, o = tensor((t, h, 64), "bfloat16"), tensor((t, hv), "float32"), tensor((t, hv, 64), "float32")
+    cu_seqlens, rows, states = tensor((n + 1,), "int32"), tensor((nc, 2), "int32"), tensor((ns, hv, 16, 64), "float32")
+    call = lambda name, given: driver.call(built.folder / f"{name}.so", name, given)  # noqa: E731
+    index, prepare = call("toy_index", [cu_seqlens, rows]), call("toy_prepare", [x, g, rows, w])
+    scan = call("toy_scan", [w, cu_seqlens, state, 3, o, states, state])
+    assert index["errors"] == prepare["errors"] == scan["errors"] == []
+    assert f"cuLaunchKernel toy_index_kernel grid={n},1,1 block=64,1,1 shared=0" in index["log"][-1]
+    assert f"cuLaunchKernel toy_prepare_kernel grid={nc},{hv},1 block=64,1,1 shared=2048" in prepare["log"][-1]
+    assert f"cuLaunchKernel toy_scan_kernel grid={n},{hv},1 block=256,1,1 shared=4096" in scan["log"][-1]
     (descriptor,) = (line for line in scan["log"] if line.startswith("cuTensorMapEncodeTiled"))
-    assert f"extents=64,16,{h},{nc},{b} strides={h * 128},128,{h * 2048},{h * nc * 2048}" in descriptor
-    wrong = driver.call(built.folder / "toy_scan.so", "toy_scan", [w, state, tensor((b, t, 4, 64), "float32"), state])
-    assert wrong["errors"] == [
-        "ValueError: toy_scan: o has shape [2, 37, 4, 64], expected [B, T, H, 64] = [2, 37, 3, 64]"
-    ]
+    assert f"extents=64,16,{nc},{hv} strides=128,2048,{nc * 2048}" in descriptor
+    wrong = call("toy_scan", [w, cu_seqlens, state, 3, tensor((t, 4, 64), "float32"), states, state])
+    assert wrong["errors"] == ["ValueError: toy_scan: o has shape [74, 4, 64], expected [T, HV, 64] = [74, 6, 64]"]
+    none = [w, cu_seqlens, state, 1 << 30, o, tensor((0, hv, 16, 64), "float32"), state]
+    assert call("toy_scan", none)["errors"] == []  # no states are asked for
 
 
 def test_the_package_loads_with_torch_and_tvm_ffi_only(built, tmp_path):
@@ -170,7 +174,9 @@ print(toy)
 print(sorted(toy.variants[0].functions()))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": str(tmp_path)})
-    assert run.stdout.splitlines() == [f"toy(x, g) built for {VARIANT}", "['toy_prepare', 'toy_scan']"], run.stderr
+    assert run.stdout.splitlines() == [f"toy(x, g) built for {VARIANT}", "['toy_index', 'toy_prepare', 'toy_scan']"], (
+        run.stderr
+    )
 
 
 def test_an_op_finds_its_kernels_in_the_build_folder_else_in_the_cache(built, monkeypatch, tmp_path):
@@ -190,7 +196,7 @@ def test_a_corrupt_cache_entry_is_built_again(built, cache_dir, tmp_path, caplog
     (op,) = builder.build([toy.toy()], tmp_path / "out")
     (line,) = caplog.messages
     assert f"cache entry {library.parent} is corrupt (toy_prepare.so changed)" in line
-    assert [k["cached"] for k in op.kernels] == [False, True]
+    assert [k["cached"] for k in op.kernels] == [True, False, True]
     assert manifest.read(op.folder) == manifest.read(built.folder)
 
 
@@ -199,8 +205,8 @@ def test_amd_gets_source_only_and_is_told_so(tmp_path):
     from kdagen.runtime.loader import load_op
 
     (op,) = builder.build([toy.toy(target="gfx942")], tmp_path / "out")
-    assert sorted(f.suffix for f in op.folder.iterdir()) == [".hip", ".hip", ".json", ".py", ".py"]
-    assert summary([op]).count("source only") == 2
+    assert sorted(f.suffix for f in op.folder.iterdir()) == [*[".hip"] * 3, ".json", *[".py"] * 3]
+    assert summary([op]).count("source only") == 3
     assert "nvcc" not in manifest.read(op.folder)["versions"]
     with pytest.raises(ArtefactError, match="holds source only: kdagen does not compile for gfx942"):
         load_op(op.folder).functions()
@@ -211,12 +217,12 @@ def test_the_machine_code_is_counted_where_there_is_a_disassembler(built):
 
     counts = [kernel["sass"] for kernel in manifest.read(built.folder)["kernels"]]
     if toolchain.has_disassembler():
-        assert counts[1]["UTMALDG"] >= 1 and counts[1]["STL"] == counts[1]["LDL"] == 0
+        assert counts[2]["UTMALDG"] >= 1 and counts[2]["STL"] == counts[2]["LDL"] == 0
     else:
-        assert counts == [None, None]
+        assert counts == [None, None, None]
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm89", "sm100", "sm120"])
 def test_the_other_targets_compile(arch, tmp_path):
     (op,) = builder.build([toy.toy(target=arch, stages=1)], tmp_path / "out")
-    assert [k["library"] for k in op.kernels] == ["toy_prepare.so", "toy_scan.so"]
+    assert [k["library"] for k in op.kernels] == ["toy_index.so", "toy_prepare.so", "toy_scan.so"]

@@ -63,7 +63,12 @@ def training(kda, workplace) -> dict:
     return manifest.read(folder(workplace, "-training"))
 
 
-@pytest.mark.parametrize("purpose", ["kda", "training"])
+@pytest.fixture(scope="module")
+def decode(kda, workplace) -> dict:
+    return manifest.read(folder(workplace, "-decode"))
+
+
+@pytest.mark.parametrize("purpose", ["kda", "training", "decode"])
 def test_kda_on_sm90_keeps_to_its_budget(purpose, request):
     for kernel in request.getfixturevalue(purpose)["kernels"]:
         assert kernel["spill_stores"] == kernel["spill_loads"] == 0
@@ -72,18 +77,19 @@ def test_kda_on_sm90_keeps_to_its_budget(purpose, request):
 
 
 def test_training_has_both_passes_and_keeps_the_states(training):
+    forward = ["kda_index", "kda_prepare", "kda_scan"]
     names = [kernel["name"] for kernel in training["kernels"]]
-    assert names == ["kda_prepare", "kda_scan", "kda_reverse", "kda_gradients"]  # each once
+    assert names == [*forward, "kda_reverse", "kda_gradients"]  # each once
     assert training["plan"]["passes"] == {
-        "forward": ["kda_prepare", "kda_scan"],
-        "backward": ["kda_prepare", "kda_reverse", "kda_gradients"],
+        "forward": forward,
+        "backward": ["kda_index", "kda_prepare", "kda_reverse", "kda_gradients"],
     }
     assert training["plan"]["kept"] == ["S_w"]
     assert training["plan"]["tensors"]["d_beta_out"]["of"] == "beta"
 
 
 def test_kda_on_sm90_uses_tensor_cores_in_every_kernel(kda, workplace):
-    prepare, *_, scan = kda["kernels"]
+    _, prepare, *_, scan = kda["kernels"]
     assert "mma" in (folder(workplace) / prepare["code"]).read_text()
     assert "wgmma" in (folder(workplace) / scan["code"]).read_text()
     if toolchain.has_disassembler():
@@ -91,18 +97,23 @@ def test_kda_on_sm90_uses_tensor_cores_in_every_kernel(kda, workplace):
         assert scan["sass"]["UTMALDG"] > 0 and scan["sass"]["LDL"] == scan["sass"]["STL"] == 0
 
 
-def test_a_second_run_compiles_nothing(kda, training, workplace):
+def test_decoding_is_one_kernel(decode):
+    assert decode["plan"]["passes"] == {"decode": ["kda_decode"]}
+    assert decode["plan"]["kernels"][0]["name"] == "kda_decode"
+
+
+def test_a_second_run_compiles_nothing(kda, training, decode, workplace):
     output = build("--op", "kda")
-    assert output.count("cached") == len(kda["kernels"]) + len(training["kernels"])
+    assert output.count("cached") == sum(len(found["kernels"]) for found in (kda, training, decode))
     assert manifest.read(folder(workplace)) == kda and manifest.read(folder(workplace, "-training")) == training
 
 
 def test_a_recurrence_from_a_file_joins_the_folder(kda, workplace):
-    output = build("--op", "mine.py:leaky", "--head-dim", "64", "--dtype", "float16", "--inference-only")
+    output = build("--op", "mine.py:leaky", "--head-dim", "64", "--dtype", "float16", "--only", "inference")
     assert "use:  from kdagen_ops import leaky" in output
     code = "import kdagen_ops as ops; print(ops.kda); print(ops.leaky)"
     run = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
     assert run.stdout.splitlines() == [
-        "kda(q, k, v, g, beta) built for sm90-bf16-128x128, sm90-bf16-128x128-training",
+        "kda(q, k, v, g, beta) built for sm90-bf16-128x128, sm90-bf16-128x128-decode, sm90-bf16-128x128-training",
         "leaky(q, k, v, rate) built for sm90-fp16-64x64",
     ], run.stderr
