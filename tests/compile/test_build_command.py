@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import mock_driver
 import pytest
 from click.testing import CliRunner
+from mock_driver import ops
 
 from kdagen import cli
 from kdagen.build import toolchain
@@ -100,6 +102,61 @@ def test_kda_on_sm90_uses_tensor_cores_in_every_kernel(kda, workplace):
 def test_decoding_is_one_kernel(decode):
     assert decode["plan"]["passes"] == {"decode": ["kda_decode"]}
     assert decode["plan"]["kernels"][0]["name"] == "kda_decode"
+
+
+LAUNCH = """
+sys.path.insert(0, ".")
+from kdagen_ops import kda
+by_purpose = {v.purpose: v for v in kda.variants}
+H, HV = 2, 4
+
+def arguments(b, t):
+    q, k, v, g = (bf16(b, t, n, 128) for n in (H, H, HV, HV))
+    return {"q": q, "k": k, "v": v, "g": g, "beta": bf16(b, t, HV)}
+
+def shapes(made, *names):
+    print(*(f"{n} {list(made[n].shape)}" for n in names), sep=", ")
+    print(*launched(), sep=", ")
+
+ragged = {**arguments(1, 300), "cu_seqlens": torch.tensor([0, 0, 1, 290])}
+for given in (arguments(2, 150), ragged):
+    made = by_purpose["inference"].launch(given, scalars={"every": 4})
+    shapes(made, "o_out", "final_state", "states")
+    train = by_purpose["training"]
+    kept = train.launch(given)
+    made = train.launch(given | {n: kept[n] for n in train.kept}, "backward")
+    shapes({**kept, **train.gradients(made)}, "S_w", *"qkvg", "beta")
+pool = torch.zeros(9, HV, 128, 128)
+for given in (arguments(5, 2), {**arguments(1, 10), "cu_seqlens": torch.tensor([0, 0, 3, 9])}):
+    indices = torch.zeros(len(given["cu_seqlens"]) - 1 if "cu_seqlens" in given else 5, 2, dtype=torch.int64)
+    made = by_purpose["decode"].launch({**given, "state_pool": pool, "state_indices": indices}, "decode")
+    shapes(made, "o_out")
+"""
+
+
+def test_kda_is_launched_on_batches_and_ragged_ones(kda, training, decode, workplace, tmp_path):
+    """On the mock driver: all that launchers check, and the grids that the driver is asked for."""
+    lines = ops.run(mock_driver.compile_mock(tmp_path), LAUNCH, workplace)
+    schedules = [found["plan"]["chunk_size"] for found in (kda, training)], training["plan"]["schedule"]["segment"]
+    tile, expected = training["plan"]["schedule"]["reverse_v_tile"], []
+    for lead, n in (([2, 150], 2), ([1, 300], 3)):
+        (chunk, longer), segment = schedules
+        slots, kept = 300 // chunk + n, 300 // longer + n
+        states = [2, 150 // (4 * chunk)] if n == 2 else [1, 300 // (4 * chunk)]
+        expected += [
+            f"o_out {[*lead, 4, 128]}, final_state {[n, 4, 128, 128]}, states {[*states, 4, 128, 128]}",
+            f"kda_index grid={n},1,1, kda_prepare grid={slots},4,1, kda_scan grid={n},4,1",
+            f"S_w {[4, kept, 128, 128]}, "
+            + ", ".join(f"{name} {[*lead, heads, 128]}" for name, heads in zip("qkvg", (2, 2, 4, 4)))
+            + f", beta {[*lead, 4]}",
+            f"kda_index grid={n},1,1, kda_prepare grid={kept},4,1, kda_scan grid={n},4,1, kda_index grid={n},1,1, "
+            f"kda_prepare grid={kept},4,1, kda_reverse grid={n * 128 // tile},4,1, "
+            f"kda_gradients grid={300 // (longer * segment) + n},4,1",
+        ]
+    tiles = 128 // decode["plan"]["schedule"]["v_tile"]
+    for lead, n in (([5, 2], 5), ([1, 10], 3)):
+        expected += [f"o_out {[*lead, 4, 128]}", f"kda_decode grid={tiles * n},4,1"]
+    assert lines == expected
 
 
 def test_a_second_run_compiles_nothing(kda, training, decode, workplace):
