@@ -108,7 +108,7 @@ def lower_index(name: str, chunk: int, segment: int = 0) -> Kernel:
 
 
 def _table(table: Buffer, slots: str, tokens: int, begin: str, count: str, unit: int) -> Map:
-    """Entry i of a sequence, which has a slot for each `tokens` of its own: begin + i unit, and what is left of count."""
+    """Entry i of a sequence, a slot for each `tokens` of its own: begin + i unit, and what is left of count."""
     own = f"step * {THREADS} + i"
     slot = f"start // {tokens} + b + {own}"
     end = f"T.if_then_else(b == N1 - 2, {slots}, (start + length) // {tokens} + b + 1)"
