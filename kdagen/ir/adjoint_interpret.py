@@ -19,39 +19,38 @@ class AdjointInterpreter(Values):
 
     keep_levels = True
 
-    def __init__(self, adjoint: Adjoint, tensors: dict, chunk_size: int, dtype=None):
-        self.arguments = adjoint.forward.canonical.arguments
-        super().__init__(self.arguments, tensors, chunk_size, dtype)
+    def __init__(self, adjoint: Adjoint, tensors: dict, chunk_size: int, dtype=None, gradients=None):
+        """`gradients` are those of another run on other tokens of these tensors: this one goes on with them."""
+        super().__init__(adjoint.forward.canonical, tensors, chunk_size, dtype)
         self.adjoint = adjoint
         self.expect((*adjoint.recompute, *adjoint.gradients), adjoint.reverse)
         read = {v for op in adjoint.gradients for v in reads(op)} | {v for _, v in adjoint.results}
         self.collected = [op.out for op in adjoint.reverse if op.out in read]  # kept for all chunks of a span
         self.one_chunk -= {v.name for v in self.collected}
+        self.gradients = self.new_gradients() if gradients is None else gradients
 
-    def run(self, states, d_out=None, d_final_state=None):
-        """Gradients by the arguments' names and that of the initial state, from the state before each chunk."""
-        shape, state_shape = ([self.size[d] for d in dims] for dims in ("BTHV", "BHKV"))
-        self.d_out = self.arena.like.new_zeros(1).expand(shape) if d_out is None else d_out
-        self.given = {a.name for a, v in self.adjoint.results if v is not None}
-        self.gradients = {a.name: self.tensors[a.name].new_zeros(self.tensors[a.name].shape) for a in self.arguments}
-        self.parameters = {
-            a.name: self.arena.like.new_zeros(self.tensors[a.name].shape) for a in self.arguments if not a.per_token
-        }
-        d_state = self.arena.like.new_zeros(state_shape)
-        if d_final_state is not None:
-            d_state.copy_(d_final_state)
+    def new_gradients(self) -> dict:
+        """Zeros for the gradient of each argument; those of parameters, which are added up, in full."""
+        arguments = self.adjoint.forward.canonical.arguments
+        given, full = self.tensors, self.arena.like
+        return {a.name: (given[a.name] if a.per_token else full).new_zeros(given[a.name].shape) for a in arguments}
+
+    def scan(self, d_state, d_out, states, tokens: tuple[int, int] | None = None) -> None:
+        """Adds the gradients of tokens from..to (all unless given).
+
+        `d_state` [B, HV, K, V], the cotangent of the state after them, is replaced by that of the state before them;
+        `d_out` is [B, T, HV, V], and `states` hold the state before each chunk of theirs.
+        """
+        first, end = tokens or (0, self.size["T"])
         step = self.span_tokens(SPAN_ELEMENTS)
-        for start in reversed(range(0, self.size["T"], step)):
-            self.begin(start, min(self.size["T"], start + step))
-            self.span(states[start // self.chunk :][: self.n], d_state)
-        for name, total in self.parameters.items():
-            self.gradients[name].copy_(total)
-        return self.gradients, d_state
+        for start in reversed(range(first, end, step)):
+            self.begin(start, min(end, start + step))
+            self.span(states[(start - first) // self.chunk :][: self.n], d_state, d_out)
 
-    def span(self, states, d_state) -> None:
+    def span(self, states, d_state, d_out) -> None:
         """The tokens at hand: writes their gradients, and replaces the state's cotangent by the one before them."""
         adjoint = self.adjoint
-        d_out = self.chunked(self.d_out[:, self.start : self.end])
+        d_out = self.chunked(d_out[:, self.start : self.end])
         contiguous = self.arena.take(adjoint.d_out.name, d_out.shape).copy_(d_out)
         self.env = {adjoint.forward.state.name: states, adjoint.d_out.name: contiguous}
         self.do(adjoint.recompute)
@@ -80,8 +79,7 @@ class AdjointInterpreter(Values):
         """Write a gradient, or add to a parameter's; that of a group of heads is the sum of theirs."""
         x = self.env[value.name]
         if not argument.per_token:
-            total = self.parameters[argument.name]
-            total += grouped(x.sum((0, 1)), 0, total.shape[0])
+            self.gradients[argument.name] += x.sum((0, 1))
             return
         gradient = self.gradients[argument.name]
         for i in range(self.n):

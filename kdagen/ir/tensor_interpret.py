@@ -14,49 +14,40 @@ SPAN_ELEMENTS = 1 << 19  # of one K- or V-wide value of a span: a few values fil
 
 
 def interpret(program: Program, tensors: dict, initial_state=None, chunk_size: int = 32, dtype=None):
-    """Output [B, T, H, V] and final state [B, H, K, V], in `dtype` (that of the first tensor unless given)."""
-    return Interpreter(program, tensors, chunk_size, dtype).run(initial_state)
+    """Output [B, T, HV, V] and final state [B, HV, K, V], in `dtype` (that of the first tensor unless given)."""
+    run = Interpreter(program, tensors, chunk_size, dtype)
+    out, state = run.new("B", "T", "HV", "V"), run.new("B", "HV", "K", "V").zero_()
+    if initial_state is not None:
+        state.copy_(initial_state)
+    run.scan(state, out)
+    return out, state
 
 
 class Interpreter(Values):
-    """One run of a program."""
+    """One run of a program, on all tokens of its tensors or on some of them."""
 
     def __init__(self, program: Program, tensors: dict, chunk_size: int, dtype=None):
-        super().__init__(program.canonical.arguments, tensors, chunk_size, dtype)
+        super().__init__(program.canonical, tensors, chunk_size, dtype)
         self.program = program
         self.steps, self.in_place = chunk_steps(program)
         self.expect(program.prepare, self.steps)
 
-    def run(self, initial_state=None, out_dtype=None):
-        """All tokens: output, in `out_dtype` if given, and final state."""
-        out = self.arena.like.new_empty([self.size[d] for d in "BTHV"], dtype=out_dtype)
-        return out, self.scan(initial_state, out)
+    def new_states(self, chunks: int | None = None):
+        """Where `scan` keeps the state before each chunk, [chunk, B, HV, K, V]."""
+        chunks = -(-self.size["T"] // self.chunk) if chunks is None else chunks
+        return self.new(chunks, "B", "HV", "K", "V")
 
-    def run_keeping(self, initial_state=None, out_dtype=None):
-        """All tokens: output, final state, and the state before each chunk, [chunk, B, H, K, V]."""
-        out = self.arena.like.new_empty([self.size[d] for d in "BTHV"], dtype=out_dtype)
-        states = self.new_states()
-        return out, self.scan(initial_state, out, states), states
+    def scan(self, state, out=None, states=None, tokens: tuple[int, int] | None = None) -> None:
+        """Tokens from..to (all unless given), a span of chunks after another.
 
-    def states(self, initial_state=None):
-        """The state before each chunk alone: run a program without output."""
-        states = self.new_states()
-        self.scan(initial_state, None, states)
-        return states
-
-    def new_states(self):
-        return self.arena.like.new_empty(-(-self.size["T"] // self.chunk), *(self.size[d] for d in "BHKV"))
-
-    def scan(self, initial_state=None, out=None, states=None):
-        """A span of chunks after another; returns the final state."""
-        state = self.arena.like.new_zeros([self.size[d] for d in "BHKV"])
-        if initial_state is not None:
-            state.copy_(initial_state)
+        `state` [B, HV, K, V] is replaced by the one after them, their output goes into `out` [B, T, HV, V], and the
+        state before each chunk of theirs into `states`.
+        """
+        first, end = tokens or (0, self.size["T"])
         step = self.span_tokens(SPAN_ELEMENTS)
-        for start in range(0, self.size["T"], step):
-            self.begin(start, min(self.size["T"], start + step))
-            self.span(state.unsqueeze(0), out, states)
-        return state
+        for start in range(first, end, step):
+            self.begin(start, min(end, start + step))
+            self.span(state.unsqueeze(0), out, None if states is None else states[(start - first) // self.chunk :])
 
     def span(self, state, out, states) -> None:
         """The tokens at hand: writes their output and states, and replaces the state by the one after them."""
@@ -65,7 +56,7 @@ class Interpreter(Values):
         self.targets = dict.fromkeys(self.in_place, state)
         for i in range(self.n):
             if states is not None:
-                states[self.start // self.chunk + i] = state[0]
+                states[i] = state[0]
             self.env = prepared[i] | {self.program.state.name: state}
             self.do(self.steps)
             if out is not None:

@@ -1,7 +1,7 @@
 """The values of a span of tokens on torch, and what each op of a tensor program makes of them.
 
-Tensors are [chunk, B, H, *dims of the value]. Which ops run when is for the interpreters to say: tensor_interpret runs
-a program, adjoint_interpret its backward.
+Tensors are [chunk, B, HV, *dims of the value]: a key is loaded once for each value head that it serves. Which ops run
+when is for the interpreters to say: tensor_interpret runs a program, adjoint_interpret its backward.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import sympy
 
 from kdagen.errors import ArgumentError
+from kdagen.ir.canonical import Canonical
 from kdagen.ir.decayed_adjoint import gram_adjoint, spread, tree_gram_adjoint
 from kdagen.ir.decayed_products import Spans, decay_matrices, gram, product, tree_gram
 from kdagen.ir.tensor import (
@@ -59,11 +60,11 @@ class Values:
 
     keep_levels = False  # whether trees keep what their adjoint reads
 
-    def __init__(self, arguments, tensors: dict, chunk_size: int, dtype=None):
+    def __init__(self, canonical: Canonical, tensors: dict, chunk_size: int, dtype=None):
         if chunk_size < 1 or chunk_size & (chunk_size - 1):
             raise ArgumentError(f"chunk_size = {chunk_size}: expected a power of two, such as 16, 32 or 64")
         self.tensors, self.chunk = tensors, chunk_size
-        self.size = sizes(arguments, tensors)
+        self.size = sizes(canonical, tensors)
         first = next(iter(tensors.values()))
         self.arena = Arena(first.new_empty(0, dtype=dtype or first.dtype))
         self.handlers = {
@@ -71,6 +72,10 @@ class Values:
             Spread: self.spread, Gram: self.gram, GramAdjoint: self.gram_adjoint, Interleave: self.interleave,
             Deinterleave: self.deinterleave, SolveTril: self.solve, MatMul: self.matmul,
         }  # fmt: skip
+
+    def new(self, *dims: int | str):
+        """A tensor in the dtype of what is computed."""
+        return self.arena.like.new_empty([self.size.get(d, d) for d in dims])
 
     def expect(self, at_once: Iterable[Op], in_turn: Iterable[Op]) -> None:
         """What will run on all chunks of a span at once, and on one chunk after another."""
@@ -99,7 +104,7 @@ class Values:
 
     def span_tokens(self, elements: int) -> int:
         """The tokens of a span: whole chunks, of which a K- or V-wide value has about so many elements."""
-        chunk = self.size["B"] * self.size["H"] * self.chunk * max(self.size["K"], self.size["V"])
+        chunk = self.size["B"] * self.size["HV"] * self.chunk * max(self.size["K"], self.size["V"])
         return self.chunk * max(1, elements // chunk)
 
     def target(self, value: Value, zero: bool = False):
@@ -108,7 +113,7 @@ class Values:
             return self.targets[value.name]
         dims = (self.size[d] if d in self.size else int(d[:-1] or 1) * self.chunk for d in value.dims)
         chunks = 1 if value.name in self.one_chunk else self.n
-        return self.arena.take(value.name, (chunks, self.size["B"], self.size["H"], *dims), zero)
+        return self.arena.take(value.name, (chunks, self.size["B"], self.size["HV"], *dims), zero)
 
     # -- ops
 
@@ -116,13 +121,13 @@ class Values:
         a, x = op.argument, self.tensors[op.argument.name]
         heads = 2 if a.per_token else 0
         x = x[:, self.start : self.end] if a.per_token else x
-        if x.shape[heads] != self.size["H"]:  # grouped: each head serves several
-            x = x.repeat_interleave(self.size["H"] // x.shape[heads], heads)
+        if x.shape[heads] != self.size["HV"]:  # grouped: each head serves several
+            x = x.repeat_interleave(self.size["HV"] // x.shape[heads], heads)
         x = x.to(self.arena.like.dtype)
         self.env[op.out.name] = self.chunked(x) if a.per_token else x.expand(self.n, self.size["B"], *x.shape)
 
     def chunked(self, x):
-        """[B, tokens, H, *] as [chunk, B, H, C, *], rows past the end zero; a view unless the last chunk is partial."""
+        """[B, tokens, heads, *] as [chunk, B, heads, C, *], rows past the end zero; a view unless a chunk is partial."""
         if missing := self.n * self.chunk - x.shape[1]:
             padded = x.new_zeros(x.shape[0], x.shape[1] + missing, *x.shape[2:])
             padded[:, : x.shape[1]] = x
@@ -272,14 +277,14 @@ def leaves(op: Gram) -> list[tuple[Value, Span]]:
     return [*rows, *((x, Span.REST) for x in op.writers)]
 
 
-def sizes(arguments, tensors: dict) -> dict[str, int]:
-    """B, T, heads (the most that any argument has), K and V."""
-    found = {"H": 0, "K": 1, "V": 1}
-    for a in arguments:
+def sizes(canonical: Canonical, tensors: dict) -> dict[str, int]:
+    """B, T, heads of keys (H) and of values (HV), K and V."""
+    found = {"K": 1, "V": 1}
+    for a in canonical.arguments:
         shape = tensors[a.name].shape
-        found["H"] = max(found["H"], shape[2 if a.per_token else 0])
+        found[canonical.heads(a)] = shape[2 if a.per_token else 0]
         if a.per_token:
             found["B"], found["T"] = shape[:2]
         if a.axis:
             found[a.axis] = shape[-1]
-    return found
+    return {"H": found.get("HV"), "HV": found.get("H"), **found}

@@ -1,8 +1,9 @@
 """`kdagen.compile` and what it returns: an op that runs on CPU tensors at once and on CUDA tensors by built kernels.
 
 An `Op` binds arguments (signature) and calls one of its torch ops (torch_op), whose implementations check them (call,
-checks) and run the CPU backend (cpu) or kernels (found by jit, or those of a built package). This module holds the op
-in inference; where gradients are wanted, training. What would run, in words, is in explain.
+checks, values) and run the CPU backend (cpu) or kernels (found by jit, or those of a built package). This module holds
+the op in inference; where gradients are wanted, training; token by token, decode. What would run, in words, is in
+explain.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdagen.errors import ArgumentError
 from kdagen.runtime import call as calls
 from kdagen.runtime import torch_op
-from kdagen.runtime.checks import short
-from kdagen.runtime.signature import Signature, describe, signature
-from kdagen.runtime.torch_op import Implementation
-from kdagen.runtime.training import Training, needs_gradient, transformed
+from kdagen.runtime.checks import check_tag, short
+from kdagen.runtime.decode import Decoding
+from kdagen.runtime.signature import DECODE, RECURRENT, Signature, describe, signature
+from kdagen.runtime.torch_op import NAMES, Implementation
+from kdagen.runtime.training import Training, inference_only, needs_gradient, transformed
 from kdagen.schedule import Keep
+from kdagen.state import DEFAULT, StateType
 
 if TYPE_CHECKING:
     from kdagen.recurrence import Recurrence
-    from kdagen.schedule import Schedule, TrainingSchedule
+    from kdagen.schedule import DecodeSchedule, Schedule, TrainingSchedule
+
+NO_STATES = 1 << 30  # states_every in chunks, where no states are asked for
 
 log = logging.getLogger("kdagen")
 _ops: dict[str, Op] = {}  # by identity: what is compiled again unchanged, as notebooks do, is the same op
@@ -40,6 +46,9 @@ def compile(
     build_dir: str | Path | None = None,
     keep: str = "states",
     training_schedule: TrainingSchedule | dict | None = None,
+    state_layout: str = DEFAULT.layout,
+    state_dtype=DEFAULT.dtype,
+    decode_schedule: DecodeSchedule | dict | None = None,
 ) -> Op:
     """The op of a recurrence. Nothing is compiled here; on CPU tensors only `recurrence` matters.
 
@@ -55,6 +64,9 @@ def compile(
         keep: what a forward leaves for its backward beside its arguments: "inputs" (nothing: all is computed again),
             "states" (the state before each chunk) or "all" (what prepare made too).
         training_schedule: as `schedule`, of the kernels that train; a `keep` of its own counts.
+        state_layout: of all states: "KV" ([N, HV, K, V]) or "VK" ([N, HV, V, K]).
+        state_dtype: that they are stored in: "float32" or "bfloat16". Sums are float32 whatever it is.
+        decode_schedule: as `schedule`, of the kernel that decodes.
 
     Raises:
         RecurrenceError: the recurrence is outside the family, or there is none of that name.
@@ -65,14 +77,19 @@ def compile(
     from kdagen.runtime import jit, options
 
     spec, recurrence = recurrence, load(recurrence)
-    chosen = options.options(head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep, training_schedule)
+    chosen = options.options(
+        head_dim, dtype, arch, schedule, gate_dtype, templates, build_dir, keep, training_schedule, state_layout,
+        state_dtype, decode_schedule,
+    )  # fmt: skip
     form = canonical(recurrence)
     description = describe(recurrence, form)
     description["canonical"]["doc"] = ""
     kernels = jit.JustInTime(recurrence, chosen, spec if isinstance(spec, str) else options.spec_of(recurrence))
     identity = torch_op.identity(description, chosen.json())
     wide = options.wide_arguments(form, chosen)
-    return shared(identity, lambda: Op(signature(description), identity, lambda: form, kernels, chosen.keep, wide))
+    return shared(
+        identity, lambda: Op(signature(description), identity, lambda: form, kernels, chosen.keep, wide, chosen.state)
+    )
 
 
 def shared(identity: str, make: Callable[[], Op]) -> Op:
@@ -85,40 +102,117 @@ def shared(identity: str, make: Callable[[], Op]) -> Op:
 class Op:
     """A recurrence as a torch op: `o, final_state = op(q, k, v, ..., initial_state=None, output_final_state=False)`.
 
-    Arguments go by place or by the recurrence's own names: keys and channels [B, T, H, K], values [B, T, H, V],
-    scalars [B, T, H], parameters [H] or [H, K]. A sequence (kg.Key[n]) is a list of n tensors, or one stacked on the
-    dimension before the heads. o is [B, T, H, V] in v's dtype; final_state is [B, H, K, V] in float32 (float64 for
-    float64), None unless asked for. GPU kernels read contiguous tensors: others are copied first.
+    Arguments go by place or by the recurrence's own names: keys [B, T, H, K], values [B, T, HV, V], gates a channel
+    [B, T, HV, K], scalars [B, T, HV], parameters [HV] or [HV, K]; HV is a multiple of H, and value head j has key head
+    j // (HV // H). A sequence (kg.Key[n]) is a list of n tensors, or one stacked on the dimension before the heads.
+    o is [B, T, HV, V] in v's dtype; final_state is [B, HV, K, V] (or [B, HV, V, K]: state_layout) in float32 (float64
+    for float64; or bfloat16: state_dtype), None unless asked for. GPU kernels read contiguous tensors: others are copied
+    first.
 
-    Gradients flow to all of them, in the dtype of each. Under torch.autocast, arguments a token in float32 are cast to
-    its dtype, but for those that the kernels take in float32 (gate_dtype); states and parameters of the head stay.
+    With `cu_seqlens` [N + 1], 0 and the end of each of N sequences, these stand behind each other in a batch of B = 1,
+    and states are [N, ...]; tokens after the last end are padding. With `states_every=n` a third result holds the state
+    after every n tokens of a sequence, [B, T // n, ...], that of a ragged batch's sequence from slot start // n on.
+    `check=True` looks for NaN, infinities and illegal cu_seqlens on a GPU too, which waits for it.
+
+    Gradients flow to all arguments and to initial_state, in the dtype of each. Under torch.autocast, arguments a token
+    in float32 are cast to its dtype, but for those that the kernels take in float32 (gate_dtype); states and parameters
+    of the head stay. `recurrent` does the same token by token, `decode` on a pool of states.
     """
 
-    def __init__(self, signature: Signature, identity: str, form: Callable, kernels, keep=Keep.STATES, wide=()):
-        """`form()` gives the canonical form; `kernels.fitting(tensors, capability, training)` gives a LoadedOp.
+    def __init__(self, signature: Signature, identity: str, form: Callable, kernels, keep=Keep.STATES, wide=(),
+                 state: StateType = DEFAULT):  # fmt: skip
+        """`form()` gives the canonical form; `kernels.fitting(tensors, capability, purpose)` gives a LoadedOp.
 
         `keep` is what a forward in training leaves for its backward; `wide` names the arguments that autocast leaves.
         """
-        self.signature, self.kernels, self._form = signature, kernels, form
+        self.signature, self.kernels, self._form, self.state = signature, kernels, form, state
         self._last: tuple | None = None  # dtype, device and words of what ran last
         self._announced: set = set()
         self._cast = [dims[:1] == ("B",) and name not in wide for name, dims in signature.dims.items()]
-        self.training = t = Training(self, keep)
+        self.training, self.decoding = t, d = Training(self, keep), Decoding(self)
         inference = Implementation(self._cpu, self._cuda, self._fake, t.differentiate_inference, t.save)
-        found = torch_op.register(signature, identity, inference, t.forward, t.backward)
-        self.torch_op, self.training_op, self.backward_op = found
+        implementations = {
+            "": inference, "_training": t.forward, "_backward": t.backward, "_recurrent": d.recurrent,
+            "_decode": d.decode,
+        }  # fmt: skip
+        found = torch_op.register(signature, identity, implementations)
+        self.torch_op, self.training_op, self.backward_op, self.recurrent_op, self.decode_op = found
 
-    def __call__(self, *args, initial_state=None, output_final_state: bool = False, **named):
-        """(output [B, T, H, V], final state [B, H, K, V] or None)."""
+    def __call__(self, *args, initial_state=None, output_final_state: bool = False, cu_seqlens=None,
+                 states_every: int | None = None, check: bool = False, **named):  # fmt: skip
+        """(output [B, T, HV, V], final state or None), and the states if `states_every` is given."""
         given = self._autocast(self.signature.bind(args, named))
-        if initial_state is not None:
-            self.signature.check_tensor("initial_state", initial_state)
-        states = () if initial_state is None else (initial_state,)
-        torch_op = self.training_op if needs_gradient(self.name, (*given, *states)) else self.torch_op
-        o, state, *_ = self._run(torch_op, *given, initial_state, output_final_state)
-        return o, state if output_final_state else None
+        options = self._options(initial_state=initial_state, cu_seqlens=cu_seqlens)
+        wants = needs_gradient(self.name, [*given, *options])
+        common = initial_state, bool(output_final_state), cu_seqlens
+        if states_every is None:
+            torch_op = self.training_op if wants else self.torch_op
+            o, state, *_ = self._run(torch_op, *given, *common, *(() if wants else (0,)), bool(check))
+            return o, self._tagged(state) if output_final_state else None
+        if wants:
+            raise inference_only(self.name, f"states_every={states_every}")
+        if isinstance(states_every, bool) or not isinstance(states_every, int) or states_every < 1:
+            raise ArgumentError(
+                f"{self.name}: states_every = {states_every!r}, expected a number of tokens, or None for no states"
+            )
+        o, state, states = self._run(self.torch_op, *given, *common, states_every, bool(check))
+        return o, self._tagged(state) if output_final_state else None, self._tagged(states)
 
-    def _run(self, torch_op, *given) -> tuple:
+    def recurrent(self, *args, initial_state=None, output_final_state: bool = False, cu_seqlens=None,
+                  check: bool = False, **named):  # fmt: skip
+        """What a call gives, token by token: for few tokens, without gradients."""
+        given = self._autocast(self.signature.bind(args, named, RECURRENT))
+        options = self._options(initial_state=initial_state, cu_seqlens=cu_seqlens)
+        if needs_gradient(self.name, [*given, *options]):
+            raise inference_only(self.name, "recurrent")
+        o, state = self._run(
+            self.recurrent_op, *given, initial_state, bool(output_final_state), cu_seqlens, bool(check)
+        )
+        return o, self._tagged(state) if output_final_state else None
+
+    def decode(self, *args, state_pool=None, state_indices=None, num_accepted_tokens=None, cu_seqlens=None,
+               null_below: int = 0, check: bool = False, **named):  # fmt: skip
+        """The output [B, T, HV, V] of the next tokens of N sequences, whose states in a pool are replaced.
+
+        `state_pool` is [S, HV, K, V] (or [S, HV, V, K]), contiguous. Sequence n of the batch, or of `cu_seqlens`, has
+        slot `state_indices[n]`, or n. An index below `null_below`, below 0 or beyond the pool is none: output zero, no
+        state touched. With `state_indices` [N, W], W > 1, a sequence starts from the slot in column
+        num_accepted_tokens[n] - 1 (0 unless given) and leaves the state after its token t in column t's slot.
+        On the CPU and with `check` an index beyond the pool is an error.
+        """
+        given = self._autocast(self.signature.bind(args, named, DECODE))
+        self.signature.check_tensor("state_pool", state_pool)
+        options = self._options(
+            state_pool=state_pool, state_indices=state_indices, num_accepted_tokens=num_accepted_tokens,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        if needs_gradient(self.name, [*given, *options]):
+            raise inference_only(self.name, "decode")
+        if isinstance(null_below, bool) or not isinstance(null_below, int):
+            raise ArgumentError(f"{self.name}: null_below = {null_below!r}, expected a number of slots, such as 0 or 1")
+        options = state_pool, state_indices, num_accepted_tokens, cu_seqlens, null_below, bool(check)
+        return self._run(self.decode_op, *given, *options)
+
+    def _options(self, **options) -> list:
+        """The tensors among options, of which states are of this op's layout as far as can be told."""
+        import torch
+
+        tensors = {name: x for name, x in options.items() if x is not None}
+        for name, x in tensors.items():
+            self.signature.check_tensor(name, x)
+            if not torch.compiler.is_compiling():
+                check_tag(self.name, name, x, self.state)
+        return list(tensors.values())
+
+    def _tagged(self, state):
+        """A state that says of which layout it is, where torch's compiler does not look on."""
+        import torch
+
+        if not torch.compiler.is_compiling():
+            state.kdagen_layout = self.state.layout
+        return state
+
+    def _run(self, torch_op, *given):
         try:
             return torch_op(*given)
         except RuntimeError as error:
@@ -147,40 +241,67 @@ class Op:
 
         return chunk_form(self._form())
 
+    @cached_property
+    def step(self):
+        """The step form, which the CPU backend decodes by."""
+        from kdagen.derive.step import step_form
+
+        return step_form(self._form())
+
     # -- what torch calls
 
-    def _cpu(self, *given, **options):
-        call = calls.forward(self.signature, given, **options)
-        o, state = call.unchanged() if call.empty else self.run_on_cpu(call)
+    def call(self, given: tuple, named: dict):
+        """What the inference op was given, shapes and dtypes checked."""
+        return calls.forward(self.signature, self.state, NAMES[""], given, named)
+
+    def _cpu(self, *given, **named):
+        call = self.call(given, named)
+        call.check_values()
+        results = call.unchanged() if call.empty else self.run_on_cpu(call)
         self.note(call.like, "CPU backend, batched matrix products on torch")
-        return call.returned(o, state)
+        return call.returned(*results)
 
     def run_on_cpu(self, call) -> tuple:
-        """Output and final state, by the CPU backend."""
+        """Output, final state and states, by the CPU backend."""
         from kdagen.runtime import cpu
 
-        return cpu.run(self.program, call.tensors, call.initial_state, call.like.dtype)
+        inside = call.inside(call.initial_state)
+        o, *states = cpu.run(self.program, call.tensors, inside, call.like.dtype, call.ends, call.every)
+        return o, *map(call.outside, states)
 
-    def _cuda(self, *given, **options):
-        call = calls.forward(self.signature, given, **options)
+    def _cuda(self, *given, **named):
+        call = self.call(given, named)
+        if call.check:
+            call.check_values()
         kernels = self.fitting(call)
+        scalars = {"every": self._every(call, kernels)}
         if call.empty:
-            o, state = call.unchanged()
+            results = call.unchanged()
         else:
-            found = self.launch(kernels, call.tensors, initial_state=call.initial_state)
-            o, state = (found[kernels.by_role[role]] for role in ("out", "final_state"))
+            found = self.launch(kernels, call.given, scalars=scalars, initial_state=call.initial_state)
+            results = [found[kernels.by_role[role]] for role in ("out", "final_state", "states")]
         self.note(call.like, "kernels in", kernels.folder)
-        return call.returned(o, state)
+        return call.returned(*results)
 
-    def _fake(self, *given, **options):
-        call = calls.forward(self.signature, given, **options)
+    def _every(self, call, kernels) -> int:
+        """After how many chunks a state is asked for."""
+        chunk = kernels.plan["chunk_size"]
+        if call.every % chunk:
+            raise ArgumentError(
+                f"{self.name}: states_every = {call.every}, expected a multiple of {chunk} on this GPU: its kernels "
+                f"take chunks of {chunk} tokens (kg.compile(..., schedule={{'chunk_size': ...}}) for others)"
+            )
+        return call.every // chunk or NO_STATES
+
+    def _fake(self, *given, **named):
+        call = self.call(given, named)
         return call.returned(*call.results())
 
     # -- kernels
 
-    def fitting(self, call, **which):
+    def fitting(self, call, purpose: str = "inference"):
         """The kernels for a call on the GPU that its tensors are on; built if they are nowhere."""
-        return self.kernels.fitting(call.tensors, _capability(call.like.device), **which)
+        return self.kernels.fitting(call.tensors, _capability(call.like.device), purpose)
 
     def planned(self, call):
         """The training kernels for a call as they are, or would be, built: torch's compiler asks for shapes only."""
@@ -189,10 +310,14 @@ class Op:
         known = torch.cuda.is_available()
         return self.kernels.planned(call.tensors, _capability(call.like.device) if known else None)
 
-    def launch(self, kernels, tensors: dict, *which: str, **states) -> dict:
+    def launch(self, kernels, tensors: dict, which: str = "forward", scalars: dict | None = None, **states) -> dict:
         """Launches a pass of kernels on contiguous copies; states and cotangents go by their roles, and may be None."""
         tensors = tensors | {kernels.by_role[role]: x for role, x in states.items() if x is not None}
-        return kernels.launch({name: self._contiguous(name, x) for name, x in tensors.items()}, *which)
+        contiguous = {name: self._contiguous(name, x) for name, x in tensors.items()}
+        scalars = {"every": NO_STATES, **(scalars or {})}
+        return kernels.launch(
+            contiguous, which, scalars={n: x for n, x in scalars.items() if n in kernels.plan["tensors"]}
+        )
 
     def _contiguous(self, name: str, tensor):
         if not tensor.is_contiguous() and name not in self._announced:

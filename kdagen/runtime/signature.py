@@ -11,16 +11,23 @@ from functools import cached_property
 
 from kdagen.errors import ArgumentError, RecurrenceError
 
-OPTIONS = ("initial_state", "output_final_state")  # what every op takes beside its recurrence's own arguments
+CALL = ("initial_state", "output_final_state", "cu_seqlens", "states_every", "check")  # beside its own arguments
+DECODE = ("state_pool", "state_indices", "num_accepted_tokens", "cu_seqlens", "null_below", "check")
+RECURRENT = ("initial_state", "output_final_state", "cu_seqlens", "check")
+OPTIONS = tuple(dict.fromkeys(CALL + DECODE))  # what no argument of a recurrence may be called
 
 
 @dataclass(frozen=True)
 class Signature:
-    """An op's name, its parameters (name, tensors) and the dimensions of each tensor, such as ("B", "T", "H", "K")."""
+    """An op's name, its parameters (name, tensors) and the dimensions of each tensor, such as ("B", "T", "H", "K").
+
+    H is the number of heads of keys, HV that of all else. Of the tensors `gates` may hold -inf.
+    """
 
     name: str
     parameters: tuple[tuple[str, tuple[str, ...]], ...]
     dims: dict[str, tuple[str, ...]]
+    gates: frozenset[str] = frozenset()
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -30,14 +37,17 @@ class Signature:
     @cached_property
     def value(self) -> str:
         """The tensor whose dtype is the output's: v, or the first with value channels, or the first."""
-        values = [name for name, dims in self.dims.items() if dims == ("B", "T", "H", "V")]
+        values = [name for name, dims in self.dims.items() if dims == ("B", "T", "HV", "V")]
         return "v" if "v" in values else next(iter(values), self.tensors[0])
 
-    def bind(self, args: tuple, named: dict) -> list:
-        """The tensors in order, from arguments by place or by name; a sequence's may also be named k_1, k_2 .."""
+    def bind(self, args: tuple, named: dict, options: tuple[str, ...] = CALL) -> list:
+        """The tensors in order, from arguments by place or by name; a sequence's may also be named k_1, k_2 ..
+
+        `options` are those that the call takes, for its error messages.
+        """
         given = dict(zip((name for name, _ in self.parameters), args))
         if len(args) > len(self.parameters) or given.keys() & named.keys():
-            raise self._misfit(given, named, args)
+            raise self._misfit(given, named, args, options)
         given.update(named)
         flat: dict = {}
         for name, tensors in self.parameters:
@@ -45,15 +55,16 @@ class Signature:
                 flat.update(zip(tensors, self._sequence(name, tensors, given.pop(name))))
             flat.update((t, given.pop(t)) for t in tensors if t in given)
         if given or len(flat) < len(self.dims):
-            raise self._misfit(flat, given, args)
+            raise self._misfit(flat, given, args, options)
         for name in self.tensors:
             self.check_tensor(name, flat[name])
         return [flat[name] for name in self.tensors]
 
     def _sequence(self, name: str, tensors: tuple[str, ...], value):
         """The n tensors of a sequence: a list, or one tensor stacked on the dimension before the heads."""
-        axis = self.dims[tensors[0]].index("H")
-        stacked = [*self.dims[tensors[0]][:axis], len(tensors), *self.dims[tensors[0]][axis:]]
+        dims = self.dims[tensors[0]]
+        axis = next(i for i, dim in enumerate(dims) if dim in ("H", "HV"))
+        stacked = [*dims[:axis], len(tensors), *dims[axis:]]
         expected = f"a list of {len(tensors)}, or one tensor {brackets(stacked)}"
         if isinstance(value, (list, tuple)):
             if len(value) != len(tensors):
@@ -72,7 +83,7 @@ class Signature:
             fix = " (call torch.as_tensor)" if hasattr(value, "__array__") or isinstance(value, float) else ""
             raise ArgumentError(f"{self.name}: {name} is a {type(value).__name__}, expected {expected}{fix}")
 
-    def _misfit(self, given: dict, named: dict, args: tuple) -> ArgumentError:
+    def _misfit(self, given: dict, named: dict, args: tuple, options: tuple) -> ArgumentError:
         names = [name for name, _ in self.parameters]
         known = {*names, *self.dims}
         missing = [t for t in self.dims if not {t, self._parameter(t)} & {*given, *named}]
@@ -84,7 +95,7 @@ class Signature:
         found = [f"{what} {', '.join(which)}" for what, which in problems.items() if which]
         if len(args) > len(names):
             found.append(f"got {len(args)} by place")
-        return ArgumentError(f"{self.name} takes {', '.join(names)} ({', '.join(OPTIONS)}): {'; '.join(found)}")
+        return ArgumentError(f"{self.name} takes {', '.join(names)} ({', '.join(options)}): {'; '.join(found)}")
 
     def _parameter(self, tensor: str) -> str:
         return next(name for name, tensors in self.parameters if tensor in tensors)
@@ -99,18 +110,26 @@ def brackets(dims) -> str:
 
 
 def describe(recurrence, canonical) -> dict:
-    """A recurrence as a manifest stores it: parameters and canonical form, as plain JSON."""
+    """A recurrence as a manifest stores it, as plain JSON: parameters, canonical form, and what follows from it."""
     from kdagen.ir.canonical_json import to_json
 
-    return {"parameters": parameters(recurrence), "canonical": to_json(canonical)}
+    return {
+        "parameters": parameters(recurrence),
+        "heads": {a.name: canonical.heads(a) for a in canonical.arguments},
+        "gates": sorted(canonical.gates),
+        "canonical": to_json(canonical),
+    }
 
 
 def signature(description: dict) -> Signature:
     """The signature of what `describe` gave."""
-    canonical = description["canonical"]
-    lead = {True: ("B", "T", "H"), False: ("H",)}
-    dims = {a["name"]: lead[a["per_token"]] + tuple(a["axis"]) for a in canonical["arguments"]}
-    return Signature(canonical["name"], tuple((name, tuple(ts)) for name, ts in description["parameters"]), dims)
+    canonical, heads = description["canonical"], description["heads"]
+    dims = {
+        a["name"]: (("B", "T") if a["per_token"] else ()) + (heads[a["name"]], *a["axis"])
+        for a in canonical["arguments"]
+    }
+    parameters = tuple((name, tuple(tensors)) for name, tensors in description["parameters"])
+    return Signature(canonical["name"], parameters, dims, frozenset(description["gates"]))
 
 
 def parameters(recurrence) -> list[list]:
@@ -124,6 +143,6 @@ def parameters(recurrence) -> list[list]:
         flat = flat[count or 1 :]
     if taken := [name for name, _ in found if name in OPTIONS]:
         raise RecurrenceError(
-            f"recurrence '{recurrence.name}': every op takes {' and '.join(OPTIONS)} already: rename {', '.join(taken)}"
+            f"recurrence '{recurrence.name}': every op has an option {' and '.join(taken)}: rename this argument"
         )
     return found

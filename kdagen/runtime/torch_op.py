@@ -1,7 +1,7 @@
-"""Registers an op with torch: torch.ops.kdagen.<name>, <name>_training and <name>_backward.
+"""Registers an op with torch: torch.ops.kdagen.<name>, and the same with _training, _backward, _recurrent, _decode.
 
-Schemas are flat: every tensor of the signature, then initial_state and output_final_state. Defined through
-torch.library.Library rather than custom_op, which costs a third more at every call.
+Schemas are flat: every tensor of the signature, then options. Defined through torch.library.Library rather than
+custom_op, which costs a third more at every call.
 """
 
 from __future__ import annotations
@@ -18,10 +18,28 @@ from typing import NamedTuple
 from kdagen.runtime.signature import Signature
 
 NAMESPACE = "kdagen"
-FORWARD = "Tensor? initial_state=None, bool output_final_state=False"
-BACKWARD = "Tensor? initial_state, Tensor[] kept, Tensor? d_out, Tensor? d_final_state"
-SUFFIXES = ("", "_training", "_backward")
-RESERVED = {"Tensor", "int", "float", "bool", "str", "out", "self", "kept", "d_out", "d_final_state"}
+# What follows an op's tensors; the names of options are those of the call.
+OPTIONS = {
+    "": "Tensor? initial_state=None, bool output_final_state=False, Tensor? cu_seqlens=None, int states_every=0, "
+    "bool check=False",
+    "_training": "Tensor? initial_state=None, bool output_final_state=False, Tensor? cu_seqlens=None, bool check=False",
+    "_backward": "Tensor? initial_state, Tensor? cu_seqlens, Tensor[] kept, Tensor? d_out, Tensor? d_final_state",
+    "_recurrent": "Tensor? initial_state=None, bool output_final_state=False, Tensor? cu_seqlens=None, "
+    "bool check=False",
+    "_decode": "Tensor(a!) state_pool, Tensor? state_indices=None, Tensor? num_accepted_tokens=None, "
+    "Tensor? cu_seqlens=None, int null_below=0, bool check=False",
+}
+RESULTS = {
+    "": "(Tensor, Tensor, Tensor)",
+    "_training": "(Tensor, Tensor, Tensor[])",
+    "_recurrent": "(Tensor, Tensor)",
+    "_decode": "Tensor",
+}
+NAMES = {
+    suffix: tuple(option.split()[1].partition("=")[0] for option in text.split(", "))
+    for suffix, text in OPTIONS.items()
+}  # of the options
+RESERVED = {"Tensor", "int", "float", "bool", "str", "out", "self", *(n for names in NAMES.values() for n in names)}
 _lock = threading.Lock()
 _names: dict[str, str] = {}  # identity by name, of every torch op that is registered
 
@@ -32,7 +50,7 @@ class Implementation(NamedTuple):
     cpu: Callable
     cuda: Callable
     fake: Callable
-    backward: Callable
+    backward: Callable | None = None  # None: it changes an argument, and has no derivative
     setup_context: Callable | None = None
 
 
@@ -48,24 +66,20 @@ def identity(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def register(signature: Signature, identity: str, *implementations: Implementation) -> list:
-    """The torch ops of this identity (inference, training, backward), registered if they are new.
+def register(signature: Signature, identity: str, implementations: dict[str, Implementation]) -> list:
+    """The torch ops of this identity, one for each suffix of `implementations`, registered if they are new.
 
-    The first op of a name has it; others get a suffix.
+    The first op of a name has it; others get a suffix of their own.
     """
     import torch
 
     tensors = ", ".join(f"Tensor {_schema_name(i, t)}" for i, t in enumerate(signature.tensors))
-    gradients = ", ".join(["Tensor"] * (len(signature.tensors) + 1))
-    schemas = (
-        f"({tensors}, {FORWARD}) -> (Tensor, Tensor)",
-        f"({tensors}, {FORWARD}) -> (Tensor, Tensor, Tensor[])",
-        f"({tensors}, {BACKWARD}) -> ({gradients})",
-    )
+    gradients = f"({', '.join(['Tensor'] * (len(signature.tensors) + 1))})"
     with _lock:
         names = _free_names(signature.name, identity)
-        for name, schema, implementation in zip(names, schemas, implementations, strict=True):
+        for name, (suffix, implementation) in zip(names, implementations.items(), strict=True):
             if name not in _names:
+                schema = f"({tensors}, {OPTIONS[suffix]}) -> {RESULTS.get(suffix, gradients)}"
                 _define(name, schema, implementation)
                 _names[name] = identity
     return [getattr(getattr(torch.ops, NAMESPACE), name).default for name in names]
@@ -75,9 +89,9 @@ def _free_names(name: str, identity: str) -> list[str]:
     plain = re.sub(r"\W", "_", name, flags=re.ASCII)
     if plain[0].isdigit() or keyword.iskeyword(plain) or plain in ("name", "default"):
         plain = f"op_{plain}"
-    names = [plain + suffix for suffix in SUFFIXES]
+    names = [plain + suffix for suffix in OPTIONS]
     if any(_names.get(n, identity) != identity for n in names):
-        names = [f"{plain}_{identity[:8]}{suffix}" for suffix in SUFFIXES]
+        names = [f"{plain}_{identity[:8]}{suffix}" for suffix in OPTIONS]
     return names
 
 
@@ -89,9 +103,10 @@ def _define(name: str, schema: str, implementation: Implementation) -> None:
     library.impl(name, implementation.cpu, "CPU")
     library.impl(name, implementation.cuda, "CUDA")
     torch.library.register_fake(full, implementation.fake, lib=library)
-    torch.library.register_autograd(
-        full, implementation.backward, setup_context=implementation.setup_context, lib=library
-    )
+    if implementation.backward:
+        torch.library.register_autograd(
+            full, implementation.backward, setup_context=implementation.setup_context, lib=library
+        )
     torch.library.register_vmap(full, partial(_one_by_one, name), lib=library)
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from kdagen.errors import GradientError
 from kdagen.runtime import call as calls
-from kdagen.runtime.torch_op import Implementation
+from kdagen.runtime.torch_op import NAMES, Implementation
 from kdagen.schedule import Keep
 
 
@@ -39,98 +39,113 @@ class Training:
 
     # -- the training op
 
-    def _cpu(self, *given, **options):
-        call = calls.forward(self.signature, given, **options)
+    def call(self, given: tuple, named: dict):
+        """What the training op was given, shapes and dtypes checked."""
+        return calls.forward(self.signature, self.op.state, NAMES["_training"], given, named)
+
+    def _cpu(self, *given, **named):
+        call = self.call(given, named)
+        call.check_values()
         if call.empty:
-            (o, state), kept = call.unchanged(), self._kept_on_cpu(call)
+            (o, state, _), kept = call.unchanged(), self._kept_on_cpu(call)
         elif self.keep == Keep.INPUTS:
-            (o, state), kept = self.op.run_on_cpu(call), []
+            (o, state, _), kept = self.op.run_on_cpu(call), []
         else:
             from kdagen.runtime import cpu
 
-            o, state, *kept = cpu.run_keeping(self.op.program, call.tensors, call.initial_state, call.like.dtype)
+            inside = call.inside(call.initial_state)
+            o, state, *kept = cpu.run_keeping(self.op.program, call.tensors, inside, call.like.dtype, call.ends)
+            state = call.outside(state)
         self.op.note(call.like, "CPU backend, batched matrix products on torch, in training")
-        return *call.returned(o, state), kept
+        return *call.returned(o, state, None)[:2], kept
 
     def _kept_on_cpu(self, call) -> list:
         """New tensors for what is kept: the state before each chunk."""
+        import torch
+
         from kdagen.runtime import cpu
 
         if self.keep == Keep.INPUTS:
             return []
-        chunk = cpu.chunk_size(call.sizes["T"], len(self.op.program.canonical.solving))
-        _, state = call.results()
-        return [state.new_empty(-(-call.sizes["T"] // chunk), *state.shape)]
+        ragged = None if call.cu_seqlens is None else call.sizes["N"]
+        chunks = cpu.kept_chunks(call.sizes["T"], ragged, len(self.op.program.canonical.solving))
+        dtype = torch.promote_types(call.like.dtype, torch.float32)
+        return [call.like.new_empty(chunks, *(call.sizes[d] for d in ("B", "HV", "K", "V")), dtype=dtype)]
 
-    def _cuda(self, *given, **options):
-        call = calls.forward(self.signature, given, **options)
-        kernels = self.op.fitting(call, training=True)
+    def _cuda(self, *given, **named):
+        call = self.call(given, named)
+        if call.check:
+            call.check_values()
+        kernels = self.op.fitting(call, "training")
         if call.empty:
-            (o, state), kept = call.unchanged(), _kept_by(kernels, call)
+            (o, state, _), kept = call.unchanged(), _kept_by(kernels, call)
         else:
-            found = self.op.launch(kernels, call.tensors, initial_state=call.initial_state)
+            found = self.op.launch(kernels, call.given, initial_state=call.initial_state)
             o, state = (found[kernels.by_role[role]] for role in ("out", "final_state"))
             kept = [found[name] for name in kernels.kept]
         self.op.note(call.like, "kernels in", kernels.folder)
-        return *call.returned(o, state), kept
+        return *call.returned(o, state, None)[:2], kept
 
-    def _fake(self, *given, **options):
-        call = calls.forward(self.signature, given, **options)
+    def _fake(self, *given, **named):
+        call = self.call(given, named)
         on_gpu = call.like.device.type == "cuda"
         kept = _kept_by(self.op.planned(call), call) if on_gpu else self._kept_on_cpu(call)
-        return *call.returned(*call.results()), kept
+        return *call.returned(*call.results())[:2], kept
 
     # -- the backward op
 
     def _cpu_backward(self, *given):
-        call, kept, d_out, d_state = calls.backward(self.signature, given)
+        call, kept, d_out, d_state = calls.backward(self.signature, self.op.state, given)
         if call.empty:
             return call.no_gradients(d_state)
         from kdagen.runtime import cpu
 
-        states = kept[0] if kept else None
-        gradients, last = cpu.backward(self.adjoint, call.tensors, call.initial_state, d_out, d_state, states)
-        return *_as_given(gradients, call.tensors), last
+        first, kept = call.inside(call.initial_state), kept[0] if kept else None
+        given = call.tensors, first, d_out, call.inside(d_state), kept, call.ends
+        gradients, last = cpu.backward(self.adjoint, *given)
+        return *_as_given(gradients, call.tensors), call.outside(last)
 
     def _cuda_backward(self, *given):
-        call, kept, d_out, d_state = calls.backward(self.signature, given)
+        call, kept, d_out, d_state = calls.backward(self.signature, self.op.state, given)
         if call.empty:
             return call.no_gradients(d_state)
-        kernels = self.op.fitting(call, training=True)
-        tensors = call.tensors | dict(zip(kernels.kept, kept, strict=True))
+        kernels = self.op.fitting(call, "training")
+        given = call.given | dict(zip(kernels.kept, kept, strict=True))
         states = {"initial_state": call.initial_state, "d_out": d_out, "d_final_state": d_state}
-        found = self.op.launch(kernels, tensors, "backward", **states)
+        found = self.op.launch(kernels, given, "backward", **states)
         return *_as_given(kernels.gradients(found), call.tensors), found[kernels.by_role["d_initial_state"]]
 
     def _fake_backward(self, *given):
-        call, *_ = calls.backward(self.signature, given)
+        call, *_ = calls.backward(self.signature, self.op.state, given)
         return *(x.new_empty(x.shape) for x in call.tensors.values()), call.results()[1]
 
     # -- autograd
 
     def save(self, ctx, inputs, output) -> None:
         """Keeps what the backward needs where hooks and checkpoints see it: in save_for_backward, and nowhere else."""
-        *given, wants_state = inputs
-        _, state, *kept = output
-        kept = kept[0] if kept else []  # the inference op keeps nothing
+        count = len(self.signature.tensors)
+        tensors, (initial_state, wants_state, cu_seqlens, *_) = inputs[:count], inputs[count:]
+        _, state, rest = output
+        kept = rest if isinstance(rest, (list, tuple)) else [rest]  # the inference op: states, which have no gradient
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept, *(() if wants_state else (state,)))
-        ctx.save_for_backward(*given, *kept)
+        ctx.save_for_backward(*tensors, initial_state, cu_seqlens, *kept)
 
     def _differentiate(self, ctx, d_out, d_state, d_kept):
-        saved, given = ctx.saved_tensors, len(self.signature.tensors) + 1  # read once, for a checkpoint runs at this
+        saved, given = ctx.saved_tensors, len(self.signature.tensors) + 2  # read once, for a checkpoint runs at this
         return self._gradients(ctx, saved[:given], list(saved[given:]), d_out, d_state)
 
-    def differentiate_inference(self, ctx, d_out, d_state):
+    def differentiate_inference(self, ctx, d_out, d_state, d_states):
         """Gradients through the inference op, called as a torch op by itself: the forward runs again."""
         import torch
 
-        given = ctx.saved_tensors
+        *tensors, initial_state, cu_seqlens, _ = ctx.saved_tensors
         with torch.no_grad():
-            *_, kept = self.op.training_op(*given)
-        return self._gradients(ctx, given, kept, d_out, d_state)
+            *_, kept = self.op.training_op(*tensors, initial_state, False, cu_seqlens)
+        return self._gradients(ctx, (*tensors, initial_state, cu_seqlens), kept, d_out, d_state)
 
     def _gradients(self, ctx, given: tuple, kept: list, d_out, d_state) -> tuple:
+        """Of the tensors and the initial state; the other options have none."""
         needed = ctx.needs_input_grad
         if d_out is None and d_state is None:
             return (None,) * len(needed)
@@ -140,7 +155,8 @@ class Training:
             if "Batching rule" in str(error):
                 raise batched(self.signature.name) from None
             raise
-        return tuple(x if need else None for x, need in zip((*gradients, None), needed))
+        options = (None,) * (len(needed) - len(gradients))
+        return tuple(x if need else None for x, need in zip((*gradients, *options), needed))
 
     def _refuse(self, ctx, *gradients):
         raise GradientError(
@@ -161,7 +177,7 @@ def _kept_by(kernels, call) -> list:
     """New tensors for what these kernels keep."""
     import torch
 
-    dims, specs = kernels.dims(call.tensors), kernels.plan["tensors"]
+    dims, specs = kernels.dims(call.given), kernels.plan["tensors"]
     dtypes = {name: getattr(torch, specs[name]["dtype"]) for name in kernels.kept}
     return [call.like.new_empty(kernels.shape(name, dims), dtype=dtypes[name]) for name in kernels.kept]
 
@@ -177,6 +193,14 @@ def needs_gradient(op: str, given: list) -> bool:
             f"such as backward() or torch.autograd.grad"
         )
     return torch.is_grad_enabled() and any(x.requires_grad for x in given) and not torch.compiler.is_exporting()
+
+
+def inference_only(op: str, what: str) -> GradientError:
+    """What a call that has no backward says."""
+    return GradientError(
+        f"{op}: {what} is for inference and has no gradient, but arguments require one: call it under "
+        f"torch.no_grad(), or detach them; op(...) without states_every is what trains"
+    )
 
 
 def transformed(op: str) -> GradientError:

@@ -1,5 +1,7 @@
 """Each rule of the adjoint alone, on random float64 leaves, against torch.autograd of a plain formula."""
 
+from types import SimpleNamespace
+
 import pytest
 import sympy
 import torch
@@ -67,7 +69,7 @@ def run(op, adjoint, env):
     arguments = (Argument("k", "K"), Argument("v", "V"))
     tokens = (N - 1) * C + LAST
     tensors = {a.name: torch.zeros(B, tokens, H, SIZE[a.axis], dtype=torch.float64) for a in arguments}
-    values = Values(arguments, tensors, C)
+    values = Values(SimpleNamespace(arguments=arguments, heads=lambda _: "HV"), tensors, C)
     values.keep_levels = True
     values.expect((op, *adjoint), ())
     values.begin(0, tokens)

@@ -1,0 +1,189 @@
+"""The CPU backend of decoding: the step form of an op on states in place, a few torch ops a token.
+
+What depends on arguments alone is formed for all tokens at once, and all states are read, by one sum of rows for all
+readers, before the first is written. Unlike cpu, nothing is chunked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kdagen.ir.step import StepForm
+from kdagen.runtime.values import check_finite
+
+BLOCK_BYTES = 1 << 20  # of states that are updated at a time: what caches hold; the fastest in benchmarks/cpu_decode.py
+
+
+def run(form: StepForm, call, out) -> None:
+    """Writes the output of a kdagen.runtime.decode.Decode into `out`, zero so far, and its new states into its pool."""
+    import torch
+
+    with torch.no_grad():
+        tokens = Tokens(form, call)
+        runs = [Run(tokens, call, group) for group in groups(call, tokens.rows)]
+        found = [r.read(0) for r in runs]
+        for r, reads in zip(runs, found, strict=True):
+            if not reads.isfinite().all():
+                r.check()  # what is not finite stays so in a product, even with zero; but finite ones may overflow
+        for r, reads in zip(runs, found, strict=True):
+            r.go(reads, out.view(-1, *out.shape[2:]))
+
+
+@dataclass
+class Group:
+    """One sequence, or several of one token each with neighbouring tokens and slots."""
+
+    first: int  # row of its first token
+    tokens: int  # of each sequence
+    slots: range
+    columns: list[int]  # where the state goes after each token, -1 for nowhere; none: to its own slot, at the end
+
+
+def groups(call, rows: list[range]) -> list[Group]:
+    """The sequences that have a state and tokens."""
+    found: list[Group] = []
+    for mine, slot, columns in zip(rows, call.starts, call.slots, strict=True):
+        if slot < 0 or not mine:
+            continue
+        last = found[-1] if found else None
+        one = len(mine) == 1 and call.columns == 1
+        if one and last and last.tokens == 1 and (mine.start, slot) == (last.first + len(last.slots), last.slots.stop):
+            last.slots = range(last.slots.start, slot + 1)
+        else:
+            found.append(Group(mine.start, len(mine), range(slot, slot + 1), columns if call.columns > 1 else []))
+    return found
+
+
+class Tokens:
+    """What the step form makes of arguments alone, for all tokens: [tokens, HV, K, V or 1], parameters [1, HV, ...]."""
+
+    def __init__(self, form: StepForm, call):
+        import torch
+
+        self.form, self.size = form, call.sizes
+        self.dtype = torch.promote_types(call.like.dtype, torch.float32)
+        self.env: dict = {}
+        for op in form.token:
+            self.env[op.out] = self.made(op, call.tensors)
+        b, t = self.size["B"], self.size["T"]
+        ends = [n * t for n in range(b + 1)] if call.ends is None else call.ends
+        self.rows = [range(*pair) for pair in zip(ends, ends[1:])]
+        self.z = torch.stack([self.wide(r.z).expand(b * t, -1, -1) for r in form.reads], 2)
+
+    def made(self, op, tensors: dict):
+        from kdagen.ir.tensor import Load, Map
+        from kdagen.ir.torch_expression import compiled
+
+        if isinstance(op, Load):
+            return self.loaded(op.argument, tensors[op.argument.name])
+        if isinstance(op, Map):
+            return compiled(op.expr)({v.symbol: self.env[v] for v, _ in op.operands})
+        return self.wide(op.a).sum(-1, keepdim=True)
+
+    def loaded(self, argument, x):
+        x = x.flatten(0, 1) if argument.per_token else x.unsqueeze(0)
+        x = (x if argument.axis else x.unsqueeze(-1)).to(self.dtype)
+        groups = self.size["HV"] // x.shape[1]
+        return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+    def wide(self, value):
+        """A value with all of its channels; one of numbers alone with all heads too."""
+        return _wide(self.env[value], value, self.size)
+
+
+class Run:
+    """The states of a group, [heads, K, V]: its slots of the pool, or a copy where these cannot be updated in place."""
+
+    def __init__(self, tokens: Tokens, call, group: Group):
+        self.form, self.size, self.t, self.call, self.group = tokens.form, tokens.size, tokens, call, group
+        self.slots = call.pool[group.slots.start : group.slots.stop]
+        inside = call.inside(self.slots)
+        self.in_place = inside.dtype == tokens.dtype and inside.is_contiguous() and not group.columns
+        state = inside if self.in_place else inside.to(tokens.dtype, copy=True).contiguous()
+        self.state = state.reshape(-1, *state.shape[2:])
+
+    def rows(self, token: int) -> slice:
+        """Rows of each sequence's token of this number."""
+        return slice(self.group.first + token, self.group.first + token + len(self.group.slots))
+
+    def read(self, token: int):
+        """S^T z for all readers, [sequences, HV, readers, V]."""
+        z = self.t.z[self.rows(token)]
+        return weighted_rows(self.state, z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+    def check(self) -> None:
+        """Refuses a state that is not finite."""
+        for slot in self.group.slots:
+            check_finite(self.call.signature.name, f"{self.call.pool_name}[{slot}]", self.call.pool[slot])
+
+    def go(self, reads, out) -> None:
+        """All tokens: writes their output and the states after them."""
+        for token in range(self.group.tokens):
+            rows = self.rows(token)
+            env = self.values(rows, self.read(token) if token else reads)
+            out[rows] = env[self.form.out]
+            self.update(env)
+            if self.group.columns and (slot := self.group.columns[token]) >= 0:
+                self.call.inside(self.call.pool[slot]).copy_(self.state)
+        if not self.in_place and not self.group.columns:
+            self.call.inside(self.slots).copy_(self.state.view(len(self.slots), -1, *self.state.shape[1:]))
+
+    def values(self, rows: slice, reads) -> dict:
+        """Values of one token, [sequences, HV, channels or 1]."""
+        from kdagen.ir.torch_expression import compiled
+
+        env = {v: x if len(x) == 1 else x[rows] for v, x in self.t.env.items()}
+        env |= {read.out: reads[:, :, i] for i, read in enumerate(self.form.reads)}
+        for op in self.form.values:
+            env[op.out] = compiled(op.expr)({v.symbol: env[v] for v, _ in op.operands})
+        return env
+
+    def update(self, env: dict) -> None:
+        """S' = decay S + sum of x p^T, a block of heads after another."""
+        decay = None if self.form.decay is None else self.by_head(env, self.form.decay).unsqueeze(-1)
+        writes = [
+            (self.by_head(env, w.x).unsqueeze(-1), self.by_head(env, w.p).unsqueeze(-2)) for w in self.form.writes
+        ]
+        heads = max(1, BLOCK_BYTES // max(1, self.state[0].numel() * self.state.element_size()))
+        for start in range(0, len(self.state), heads):
+            block = slice(start, start + heads)
+            state = self.state[block]
+            if decay is not None:
+                state *= decay[block]
+            for x, p in writes:
+                state.addcmul_(x[block], p[block])
+
+    def by_head(self, env: dict, value):
+        """[heads, channels] of a value of one token."""
+        x = _wide(env[value], value, self.size)
+        return x.expand(len(self.group.slots), -1, -1).flatten(0, 1)
+
+
+def _wide(x, value, size: dict):
+    return x.expand(*x.shape[:-2], size["HV"], size[value.dims[0]]) if value.dims else x
+
+
+def weighted_rows(state, z):
+    """z @ state, [heads, readers, V], of states [heads, K, V].
+
+    In float32 as weighted sums of a table's rows: torch does these at the speed of memory, and products of matrices of
+    one or two rows at half of it.
+    """
+    import torch
+
+    if state.dtype != torch.float32 or not z.numel():
+        return torch.bmm(z, state)
+    rows, ends = _bags(*z.shape)
+    table, weights = state.view(-1, state.shape[-1]), z.reshape(-1)
+    return torch.embedding_bag(table, rows, ends, False, 0, False, weights)[0].view(*z.shape[:2], -1)
+
+
+@lru_cache(maxsize=16)
+def _bags(heads: int, readers: int, k: int) -> tuple:
+    """The rows of each bag, a reader of a head, and where bags begin."""
+    import torch
+
+    dtype = torch.int32 if max(heads, readers) * k * readers < 1 << 31 else torch.int64
+    rows = torch.arange(heads * k, dtype=dtype).view(heads, 1, k).expand(heads, readers, k)
+    return rows.reshape(-1), torch.arange(0, heads * readers * k, k, dtype=dtype)
