@@ -30,7 +30,7 @@ LETS = (
     KEY_HEAD,
     ("start", "T.max(T.min(cu_seqlens[n], tokens), 0)"),
     ("end", "T.max(T.min(cu_seqlens[n + 1], tokens), start)"),
-    ("first", "T.max(T.min(num_accepted_tokens[n], W) - 1, 0)"),
+    ("first", "T.min(T.max(num_accepted_tokens[n], 1), W) - 1"),
     ("slot", "state_indices[n, first]"),
 )
 
