@@ -55,9 +55,9 @@ def of_sequence(chunk: int) -> Lets:
     )
 
 
-def most_tokens(chunk: int) -> Lets:
+def most_tokens(chunk: int, sequences: str = "N") -> Lets:
     """`tokens` where no tensor has a row for each: not fewer than there are, and none beyond the slots."""
-    return (("tokens", f"(NC - N + 1) * {chunk} - 1"),)
+    return (("tokens", f"(NC - {sequences} + 1) * {chunk} - 1"),)
 
 
 def of_segment(segment: int) -> Lets:
@@ -94,11 +94,10 @@ def lower_index(name: str, chunk: int, segment: int = 0) -> Kernel:
         stages=1,
         buffers=(CU_SEQLENS, CHUNK_ROWS, *([SEGMENTS] if segment else [])),
         lets=(
-            ("start", "T.max(cu_seqlens[b], 0)"),
-            ("length", "T.max(cu_seqlens[b + 1], start) - start"),
-            ("chunks", f"(length + {chunk - 1}) // {chunk}"),
-            ("end", f"T.if_then_else(b == N1 - 2, NC, T.min((start + length) // {chunk} + b + 1, NC))"),
-            ("steps", f"(end - start // {chunk} - b + {THREADS - 1}) // {THREADS}"),
+            *most_tokens(chunk, "(N1 - 1)"),
+            *of_sequence(chunk),
+            ("end", f"T.if_then_else(b == N1 - 2, NC, (start + length) // {chunk} + b + 1)"),
+            ("steps", f"(end - first + {THREADS - 1}) // {THREADS}"),
         ),
         loads=(),
         body=tuple(tables),
@@ -116,6 +115,6 @@ def _table(table: Buffer, slots: str, tokens: int, begin: str, count: str, unit:
     return Map(
         (("i", THREADS),),
         ((f"{table.name}[{slot}, 0]", f"{begin} + ({own}) * {unit}"), (f"{table.name}[{slot}, 1]", left)),
-        where=f"({slot} < {end}) & ({slot} < {slots})",
+        where=f"{slot} < {end}",
         eq=f"slots of {tokens} tokens",
     )
