@@ -1,23 +1,71 @@
 """A GPU that is none: built ops whose kernels run as programs on the CPU, for tests of what is meant for a GPU.
 
-`install(patch)` changes torch and kdagen for as long as `patch`, pytest's monkeypatch, lasts.
+`install(patch)` changes torch and kdagen for as long as `patch`, pytest's monkeypatch, lasts. A graph captures the
+operations of torch and the launches that are made while it is open, and does them again, on the same tensors.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdagen.runtime import loader
 from kdagen.simulate.run import _simulator
 from kdagen.simulate.torch_arrays import to_numpy
 from kdagen.simulate.verify import built_source
 
+_capturing: list[Graph] = []
+
+
+class Graph(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph: while it captures, kernels do not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps: list = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.steps.append(lambda: _again(function, args, kwargs or {}, made))
+        return made
+
+    def replay(self) -> None:
+        for step in self.steps:
+            step()
+
+
+def _again(function, args, kwargs, made) -> None:
+    found = function(*args, **kwargs)
+    for old, new in zip(tree_leaves(made), tree_leaves(found)):
+        if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr() and "empty" not in str(function):
+            old.copy_(new)
+
+
+@contextmanager
+def capture(graph: Graph):
+    """Stands for torch.cuda.graph."""
+    _capturing.append(graph)
+    try:
+        with graph:
+            yield
+    finally:
+        _capturing.remove(graph)
+
 
 def functions(kernels: loader.LoadedOp) -> dict:
     """A launcher of each kernel by name."""
 
     def launcher(kernel):
-        return lambda *tensors: _simulator(kernel, False)(*map(to_numpy, tensors))
+        run = _simulator(kernel, False)
+
+        def launch(*given):
+            step = lambda: run(*(to_numpy(x) if isinstance(x, torch.Tensor) else x for x in given))  # noqa: E731
+            return _capturing[-1].steps.append(step) if _capturing else step()
+
+        return launch
 
     return {kernel.name: launcher(kernel) for kernel in built_source(kernels.folder).kernels}
 
@@ -27,3 +75,5 @@ def install(patch) -> None:
     patch.setattr(loader.LoadedOp, "functions", functions)
     patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    patch.setattr(torch.cuda, "CUDAGraph", Graph)
+    patch.setattr(torch.cuda, "graph", capture)

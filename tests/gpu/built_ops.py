@@ -1,8 +1,8 @@
 """Built ops for the tests of this folder, and memory that shows what a kernel reads or writes outside its tensors.
 
-Kernels come from the folder that KDAGEN_BUILD_DIR names, those that train also from packages beside it; what is in
-none of them is built just in time. What is needed of kdagen is its runtime: no TileLang and no compiler where all ops
-were built elsewhere.
+Kernels come from the folder that KDAGEN_BUILD_DIR names, those that train or decode also from packages beside it; what
+is in none of them is built just in time. What is needed of kdagen is its runtime: no TileLang and no compiler where all
+ops were built elsewhere.
 """
 
 from __future__ import annotations
@@ -34,36 +34,49 @@ def capability() -> str:
 @cache
 def variants(name: str) -> tuple[LoadedOp, ...]:
     """Kernels of an entry of the zoo for this GPU: all that the build folder has, or one set built just in time."""
-    return _found(name, [debug.build_dir()], training=False) or (_build(name),)
+    return _found(name, [debug.build_dir()], "inference") or (_build(name, "inference"),)
 
 
 @cache
 def trained(name: str) -> tuple[LoadedOp, ...]:
     """The same of those that train, whatever they keep."""
-    places = [debug.build_dir(), *sorted(p.parent for p in debug.build_dir().parent.glob("*/kdagen.json"))]
-    return _found(name, list(dict.fromkeys(places)), training=True) or (_build(name, {}),)
+    return _found(name, _places(), "training") or (_build(name, "training", {}),)
+
+
+@cache
+def decoding(name: str) -> tuple[LoadedOp, ...]:
+    """The same of those that decode, for every type of states."""
+    return _found(name, _places(), "decode") or (_build(name, "decode"),)
 
 
 @cache
 def by_policy(name: str) -> dict[str, LoadedOp]:
     """Kernels that train by what they keep; policies that were not built are, just in time."""
     found = {kernels.plan["schedule"]["keep"]: kernels for kernels in reversed(trained(name))}
-    return {keep: found.get(keep) or _build(name, {"keep": keep}) for keep in ("inputs", "states", "all")}
+    return {keep: found.get(keep) or _build(name, "training", {"keep": keep}) for keep in ("inputs", "states", "all")}
 
 
-def _found(name: str, places: list, training: bool) -> tuple[LoadedOp, ...]:
-    built = [v for place in places if (place / name).is_dir() for v in BuiltOp(place / name).variants]
-    return tuple(v for v in built if v.training == training and capability() in v.manifest["target"]["runs_on"])
+def _places() -> list:
+    """The build folder, and the packages beside it."""
+    beside = sorted(p.parent for p in debug.build_dir().parent.glob("*/kdagen.json"))
+    return list(dict.fromkeys([debug.build_dir(), *beside]))
 
 
-def _build(name: str, training: dict | None = None) -> LoadedOp:
-    """Built just in time: for inference, or with the fields of a schedule in which training differs."""
+def _found(name: str, places: list, purpose: str) -> tuple[LoadedOp, ...]:
+    folders = [f for place in places for f in sorted((place / name).glob("[!.]*/manifest.json"))]
+    built = [load_op(f.parent) for f in folders]
+    return tuple(v for v in built if v.purpose == purpose and capability() in v.manifest["target"]["runs_on"])
+
+
+def _build(name: str, purpose: str, schedule: dict | None = None) -> LoadedOp:
+    """Built just in time, with the fields of a schedule in which it differs from the default."""
+    from kdagen import pipeline
     from kdagen.build.builder import build_cached
-    from kdagen.pipeline import compile_op, compile_training
 
     arch = next(t.name for t in TARGETS.values() if capability() in t.runs_on)
-    make = compile_op if training is None else compile_training
-    return load_op(build_cached(make(zoo.get(name), arch=arch, schedule=training)))
+    make = {"inference": "op", "training": "training", "decode": "decode"}[purpose]
+    source = getattr(pipeline, f"compile_{make}")(zoo.get(name), arch=arch, schedule=schedule)
+    return load_op(build_cached(source))
 
 
 @cache
@@ -73,22 +86,42 @@ def op(name: str):
 
 
 def draw(
-    kernels: LoadedOp, shape: tuple[int, int, int], gate: str = "mild", seed: int = 0
+    kernels: LoadedOp, shape: tuple[int, int, int], gate: str = "mild", seed: int = 0, group: int = 1
 ) -> tuple[dict, torch.Tensor]:
-    """Arguments on the CPU for (B, T, H), as the kernels take them, and an initial state."""
+    """Arguments on the CPU for (B, T, HV), as the kernels take them, and an initial state of each of B sequences.
+
+    A head of keys serves a `group` of value heads.
+    """
     plan = kernels.plan
     dims = (*shape, plan["dims"]["K"], plan["dims"]["V"])
     drawn = zoo.sample(from_json(plan["recurrence"]["canonical"]), dims, gate, seed)
-    state = 0.1 * torch.randn(dims[0], *dims[2:], generator=torch.Generator().manual_seed(seed))
-    return {n: x.to(getattr(torch, plan["tensors"][n]["dtype"])) for n, x in drawn.items()}, state
+    specs = {n: plan["tensors"][n] for n in drawn}
+    given = {n: x.to(getattr(torch, specs[n]["dtype"])) for n, x in drawn.items()}
+    given = {n: x[:, :, ::group].contiguous() if "H" in specs[n]["shape"] else x for n, x in given.items()}
+    return given, draw_states(kernels, dims[0], dims[2], seed)
 
 
-def draw_cotangents(kernels: LoadedOp, shape: tuple[int, int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of the output and of the final state, on the CPU."""
+def draw_states(kernels: LoadedOp, count: int, heads: int, seed: int = 0) -> torch.Tensor:
+    """States on the CPU, of the type that the kernels take."""
+    dims = (kernels.plan["dims"][d] for d in kernels.state.dims)
+    drawn = 0.1 * torch.randn(count, heads, *dims, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(getattr(torch, kernels.state.dtype))
+
+
+def plain(kernels: LoadedOp, state: torch.Tensor | None) -> torch.Tensor | None:
+    """A state as the recurrence has it: [N, HV, K, V] in float64."""
+    return state if state is None else (state if kernels.state.layout == "KV" else state.mT).double()
+
+
+def draw_cotangents(
+    kernels: LoadedOp, shape: tuple[int, int, int], seed: int = 0, sequences: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of the output and of the final states, on the CPU."""
     (b, t, h), dims = shape, kernels.plan["dims"]
     generator = torch.Generator().manual_seed(seed + 1)
     d_out = torch.randn(b, t, h, dims["V"], generator=generator).to(getattr(torch, kernels.plan["dtype"]))
-    return d_out, torch.randn(b, h, dims["K"], dims["V"], generator=generator)
+    d_final = torch.randn(sequences or b, h, *(dims[d] for d in kernels.state.dims), generator=generator)
+    return d_out, d_final.to(getattr(torch, kernels.state.dtype))
 
 
 class Guarded:
@@ -117,12 +150,35 @@ class Guarded:
         return all(bool((edge == POISON).all()) for edge in edges)
 
 
-def launch(kernels: LoadedOp, tensors: dict, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output, final state) of one launch; nothing but workspaces and results was written, and all of the results."""
+def launch(
+    kernels: LoadedOp, tensors: dict, state: torch.Tensor | None = None, every: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """(output, final states), and states after each `every` chunks if asked for, of one launch.
+
+    Nothing but workspaces and results was written, and all of the results. `tensors` may hold cu_seqlens.
+    """
     memory = Guarded()
     copies = _copies(kernels, memory, tensors, {"initial_state": state})
-    made = _launch(kernels, copies, "forward", memory)
-    return _results(kernels, made, "out", "final_state")
+    made = _launch(kernels, copies, "forward", memory, {"every": every} if every else {})
+    return _results(kernels, made, "out", "final_state", *(["states"] if every else []))
+
+
+def decode(
+    kernels: LoadedOp, tensors: dict, pool: torch.Tensor, may_be_unwritten: bool = False, **more
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, the pool afterwards) of one launch in place on a copy; `more` may hold integers by name, null_below.
+
+    Nothing but these two was written, and all of the output, unless integers are wrong.
+    """
+    memory, null_below = Guarded(), more.pop("null_below", 0)
+    given = {n: memory.copy(x) for n, x in {**tensors, **more}.items() if x is not None}
+    copy = memory.copy(pool)
+    before = {n: x.clone() for n, x in given.items()}
+    made = kernels.launch({**given, "state_pool": copy}, "decode", memory.allocate, {"null_below": null_below})
+    torch.cuda.synchronize()
+    assert memory.intact(), "a kernel wrote outside its tensors"
+    assert all(same_bits(given[n], x) for n, x in before.items()), "a kernel wrote to what it was given"
+    return *((made[kernels.by_role["out"]],) if may_be_unwritten else _results(kernels, made, "out")), copy
 
 
 @dataclass(frozen=True)
@@ -162,9 +218,9 @@ def _copies(kernels: LoadedOp, memory: Guarded, tensors: dict, of_roles: dict) -
     return {name: memory.copy(x) for name, x in {**tensors, **named}.items()}
 
 
-def _launch(kernels: LoadedOp, given: dict, which: str, memory: Guarded) -> dict:
+def _launch(kernels: LoadedOp, given: dict, which: str, memory: Guarded, scalars: dict | None = None) -> dict:
     before = {name: x.clone() for name, x in given.items()}
-    made = kernels.launch(given, which, memory.allocate)
+    made = kernels.launch(given, which, memory.allocate, scalars)
     torch.cuda.synchronize()
     assert memory.intact(), "a kernel wrote outside its tensors"
     changed = [name for name, x in before.items() if not same_bits(given[name], x)]
@@ -183,10 +239,48 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def errors(name: str, found, tensors: dict, state: torch.Tensor | None) -> tuple[float, ...]:
-    """Relative errors of (output, final state) against the recurrence, token by token in float64."""
-    expected = recurrence_reference(zoo.get(name), tensors, state)
-    return tuple(float((f.double().cpu() - e).norm() / e.norm()) for f, e in zip(found, expected))
+def sequences(kernels: LoadedOp, tensors: dict, ends: list[int] | None = None) -> list[dict]:
+    """The arguments of each sequence alone, [1, T, ..]: of a batch, or of a ragged one with these ends."""
+    count = next(x.shape[0] for n, x in tensors.items() if per_token(kernels, n)) if ends is None else len(ends) - 1
+    cut = lambda x, s: x[s : s + 1] if ends is None else x[:, ends[s] : ends[s + 1]]  # noqa: E731
+    return [{n: cut(x, s) if per_token(kernels, n) else x for n, x in tensors.items()} for s in range(count)]
+
+
+def per_token(kernels: LoadedOp, name: str) -> bool:
+    """Whether an argument has an entry for each token."""
+    return "T" in kernels.plan["tensors"][name]["shape"]
+
+
+def reference(name: str, kernels: LoadedOp, tensors: dict, state, ends: list[int] | None = None) -> tuple:
+    """(output, final states) by the recurrence, token by token in float64; padding is zero."""
+    states, outs, finals = plain(kernels, state), [], []
+    for s, alone in enumerate(sequences(kernels, tensors, ends)):
+        first = None if states is None else states[s : s + 1]
+        if next(x.shape[1] for n, x in alone.items() if per_token(kernels, n)):
+            out, final = recurrence_reference(zoo.get(name), alone, first)
+            outs, finals = [*outs, out], [*finals, final]
+        else:
+            finals.append(first)
+    if ends is None:
+        return torch.cat(outs), torch.cat(finals)
+    padding = next(x.shape[1] for n, x in tensors.items() if per_token(kernels, n)) - ends[-1]
+    out = torch.nn.functional.pad(torch.cat(outs, 1), (0, 0, 0, 0, 0, padding))
+    zero = torch.zeros_like(next(f for f in finals if f is not None))
+    return out, torch.cat([zero if f is None else f for f in finals])
+
+
+def errors(
+    name: str, kernels: LoadedOp, found, tensors: dict, state: torch.Tensor | None, ends: list[int] | None = None
+) -> tuple[float, ...]:
+    """Relative errors of (output, final states) against the recurrence."""
+    expected = reference(name, kernels, tensors, state, ends)
+    out, final = found[0].cpu(), plain(kernels, found[1].cpu())
+    return tuple(relative_error(f, e) for f, e in zip((out, final), expected))
+
+
+def tolerance(kernels: LoadedOp) -> float:
+    """What errors of outputs and states may be at most."""
+    return TOLERANCE[kernels.plan["dtype"]]
 
 
 def training_errors(name: str, kernels: LoadedOp, tensors: dict, state, d_out, d_final_state) -> dict[str, tuple]:
@@ -195,17 +289,19 @@ def training_errors(name: str, kernels: LoadedOp, tensors: dict, state, d_out, d
     The oracle runs where the kernels do: with float64 states of every token, a CPU takes long.
     """
     found = train(kernels, tensors, state, d_out, d_final_state)
-    zeros = torch.zeros(found.final_state.shape, dtype=torch.float64, device=DEVICE)
+    final_state = plain(kernels, found.final_state)
     moved = {n: x.to(DEVICE) for n, x in tensors.items()}
-    given = [zeros if x is None else x.to(DEVICE) for x in (state, d_out, d_final_state)]
-    given[1] = torch.zeros(found.out.shape, dtype=torch.float64, device=DEVICE) if d_out is None else given[1]
+    states = [plain(kernels, x) for x in (state, d_final_state)]
+    state, d_final = (torch.zeros_like(final_state) if x is None else x.to(DEVICE) for x in states)
+    d_out = torch.zeros(found.out.shape, dtype=torch.float64) if d_out is None else d_out
     with torch.device(DEVICE):
-        out, final, gradients = reference_gradients(zoo.get(name), moved, *given)
+        out, final, gradients = reference_gradients(zoo.get(name), moved, state, d_out.to(DEVICE), d_final)
     dtype, canonical = kernels.plan["dtype"], from_json(kernels.plan["recurrence"]["canonical"])
     most = gradient_tolerance(canonical, dtype)
-    wrong = {f"d_{n}": (relative_error(found.gradients[n], e), most[n]) for n, e in gradients.items()}
+    made = {**found.gradients, "initial_state": plain(kernels, found.gradients["initial_state"])}
+    wrong = {f"d_{n}": (relative_error(made[n], e), most[n]) for n, e in gradients.items()}
     return {
         "out": (relative_error(found.out, out), TOLERANCE[dtype]),
-        "final_state": (relative_error(found.final_state, final), TOLERANCE[dtype]),
+        "final_state": (relative_error(final_state, final), TOLERANCE[dtype]),
         **wrong,
     }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from built_ops import DEVICE, draw, launch, same_bits, variants
+from built_ops import DEVICE, draw, launch, per_token, same_bits, variants
 
 from kdagen import zoo
 
@@ -14,10 +14,6 @@ HUGE_TOKENS, HUGE_HEADS = 65537, 130  # with two sequences, more than 2^31 eleme
 
 def same(found, expected) -> bool:
     return all(same_bits(f, e) for f, e in zip(found, expected))
-
-
-def per_token(kernels, name: str) -> bool:
-    return "T" in kernels.plan["tensors"][name]["shape"]
 
 
 @pytest.mark.parametrize("name", zoo.names())

@@ -9,8 +9,9 @@ import pytest
 import simulated_gpu
 
 from kdagen import zoo
-from kdagen.pipeline import compile_op, compile_training
+from kdagen.pipeline import compile_decode, compile_op, compile_training
 from kdagen.runtime import loader
+from kdagen.state import StateType
 
 GPU_TESTS = Path(__file__).parents[1] / "gpu"
 KEEP = {"default": "states", "keep_inputs": "inputs", "keep_all": "all"}
@@ -25,6 +26,8 @@ def folder(tmp_path_factory):
             schedule = {"keep": keep, "segment": 2, "chunk_size": 16}
             packages.write(place / package, compile_training(zoo.get(name), 64, schedule=schedule), place)
         packages.write(place / "default", compile_op(zoo.get(name), 64), place)
+        packages.write(place / "default", compile_decode(zoo.get(name), 64), place)
+        packages.write(place / "vk", compile_decode(zoo.get(name), 64, state=StateType("VK", "bfloat16")), place)
     return place
 
 
@@ -85,6 +88,45 @@ def test_the_forward_tests_take_kernels_of_inference_alone(gpu_tests):
     gpu_tests("test_kernels").check("linear_attention", (1, 33, 2), "mild", with_state=True)
 
 
+def test_ragged_batches(gpu_tests, monkeypatch):
+    tests = gpu_tests("test_ragged")
+    monkeypatch.setattr(tests, "DEVICE", "cpu")
+    monkeypatch.setattr(tests, "MANY", 9)
+    monkeypatch.setattr(tests, "LENGTHS", {"short and empty": [0, 1, 0, 33, 16]})
+    tests.test_against_the_recurrence("retnet", "short and empty")
+    tests.test_a_sequence_alone_is_the_same("retnet", "mild")
+    tests.test_states_on_the_way_are_final_states_of_what_comes_before("linear_attention")
+    tests.test_gradients_of_a_sequence_alone_are_the_same("retnet")
+    tests.test_more_sequences_than_a_grid_has_rows()
+    tests.test_a_graph_serves_all_lengths("linear_attention")
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_wrong_ends_of_sequences(gpu_tests, number):
+    tests = gpu_tests("test_ragged")
+    tests.test_ends_that_are_wrong_lead_nowhere_outside("retnet", tests.BAD_ENDS[number])
+
+
+def test_decoding(gpu_tests, monkeypatch):
+    tests = gpu_tests("test_decode_kernels")
+    monkeypatch.setattr(tests, "DEVICE", "cpu")
+    monkeypatch.setattr(tests, "HEADS", 2)
+    assert [k.state.name for k in gpu_tests("built_ops").decoding("retnet")] == ["", "vk.bf16"]
+    tests.test_against_the_recurrence("retnet", 3)
+    tests.test_slots_are_updated_and_all_others_left_alone("retnet")
+    tests.test_a_sequence_alone_is_the_same("retnet")
+    tests.test_ragged_decoding_is_that_of_each_sequence("retnet")
+    tests.test_null_slots_give_zero_and_touch_nothing("retnet", 1)
+    tests.test_speculation_starts_at_what_was_accepted_and_stores_a_state_a_token("retnet")
+    tests.test_replays_are_identical("linear_attention")
+    tests.test_a_graph_serves_all_slots("retnet")
+
+
+@pytest.mark.parametrize("wrong", ["slots", "slots of 64 bits", "counts", "ends"])
+def test_wrong_integers_of_decoding(gpu_tests, wrong):
+    gpu_tests("test_decode_kernels").test_what_is_wrong_leads_nowhere_outside("retnet", wrong)
+
+
 def tampered(monkeypatch, which: str, change) -> None:
     """After the last kernel of a pass, `change` gets its tensors by name."""
 
@@ -111,7 +153,7 @@ WRONG = {
     "a kernel wrote outside its tensors": beyond,
     "a kernel wrote to S_w, which it was given": lambda t: t["S_w"].add_(1),
     "a kernel wrote to q, which it was given": lambda t: t["q"].zero_(),
-    "a gradient that is NaN": lambda t: t["d_q_out"][0, 3].fill_(float("nan")),
+    "a gradient that is NaN": lambda t: t["d_q_out"][3].fill_(float("nan")),
     "error and tolerance": lambda t: t["d_q_out"].mul_(1.05),
 }
 
