@@ -4,7 +4,7 @@ import pytest
 
 from kdagen import zoo
 from kdagen.errors import ScheduleError, TargetError
-from kdagen.pipeline import compile_op
+from kdagen.pipeline import compile_decode, compile_op
 from kdagen.schedule import Schedule
 
 CASES = [
@@ -16,7 +16,7 @@ CASES = [
     ({"schedule": {"decay": "scalar"}}, "decay form 'scalar' does not fit: expected factored or tree"),
     ({"schedule": {"decay": "factored"}}, "decay 'factored' with chunk_size 16: a gate bounded by -inf"),
     ({"schedule": {"decay": "both"}}, "decay 'both': expected one of none, scalar, factored, tree"),
-    ({"schedule": {"scan_skeleton": "mine"}}, "no skeleton 'mine': expected one of decode, gradients, index, output, prepare,"),
+    ({"schedule": {"scan_skeleton": "mine"}}, "no skeleton 'mine': expected one of decode, gradients, index, output,"),
     ({"arch": "sm80", "schedule": {"stages": 2}}, "stages 2: sm80 has no TMA, expected 1"),
     ({"arch": "sm80", "schedule": {"scan_skeleton": "scan_specialised"}}, "needs wgmma, which sm80 lacks"),
     ({"dtype": "float32"}, "dtype 'float32' has no kernels: expected bfloat16 or float16"),
@@ -28,6 +28,22 @@ CASES = [
 def test_choices_that_do_not_fit(choices, message):
     with pytest.raises(ScheduleError, match=message):
         compile_op(zoo.get("kda"), **choices)
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        ({"head_dim": 96}, r"head_dim \(96, 96\) has no kernels: expected K and V among"),
+        ({"schedule": {"v_tile": 96}}, "v_tile 96 does not divide V = 128: expected 16, 32 or 64"),
+        ({"schedule": {"threads": 96}}, "96 threads cannot share a tile of the state of 128 x 32 as float32"),
+        ({"schedule": {"v_tile": 2}}, "128 threads cannot share a tile of the state of 128 x 2 as float32"),
+        ({"schedule": {"chunk_size": 16}}, "unknown schedule field chunk_size: expected some of skeleton, threads"),
+        ({"schedule": Schedule()}, "a Schedule is no choice here: expected a DecodeSchedule"),
+    ],
+)
+def test_choices_that_do_not_fit_decoding(choices, message):
+    with pytest.raises(ScheduleError, match=message):
+        compile_decode(zoo.get("kda"), **choices)
 
 
 def test_stacked_streams_need_a_narrow_tile():
