@@ -29,6 +29,11 @@ def test_own_recurrence(capsys):
     assert "erase(q, k, v, e, g, beta, D): torch.ops.kdagen.erase" in capsys.readouterr().out
 
 
+def test_serving(capsys):
+    assert load("serving").main() < 1e-5
+    assert "sequence 1: 12 tokens" in capsys.readouterr().out
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """What `kdagen build --op gla --head-dim 64` leaves, but for the libraries."""
