@@ -13,47 +13,67 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import click
 import gpu_contenders as contenders
+import gpu_decode
 import gpu_inference
 import gpu_timing as timing
 import gpu_training
-from gpu_report import INFERENCE, TRAINING, Case, plan_table, rows, table
+from gpu_report import DECODE, INFERENCE, TRAINING, Case, plan_table, rows, table
 from rich.console import Console
 
 from kdagen.errors import ArgumentError, LaunchError
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 OPS = ("kda", "kda_bounded", "gated_deltanet", "gla", "dplr")
-WORK = {INFERENCE: gpu_inference, TRAINING: gpu_training}
+WORK = {INFERENCE: gpu_inference, TRAINING: gpu_training, DECODE: gpu_decode}
 GATES = ("mild", "bounded")  # slow and fast: log decays of -0.05 and -2.5 a token on average
 SHAPES = [(8192, 64), (8192, 96), (8192, 24), (8192, 16), (8192, 12), (2048, 12), (65536, 12)]  # T, H
 QUICK_SHAPES = [(8192, 64), (2048, 12)]
+RAGGED = [((1300, 547, 2048, 963, 271, 3063), 64), ((1024,) * 8, 64), ((1300, 547, 2048, 963, 271, 3063), 96)]
+DECODED = [(batch, heads) for heads in (32, 128) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)]  # B, H
+QUICK_DECODED = [(1, 32), (32, 32), (256, 32)]
 CHECKED = (2, 100, 3)
+CHECKED_LENGTHS = (37, 1, 62)
 console = Console(width=180, highlight=False, soft_wrap=True)
 
 
-def cases(folders, purposes, ops, gates, batch: int, tokens, heads, quick: bool) -> list[Case]:
+def cases(folders, purposes, ops, gates, batch: int | None, tokens, heads, quick: bool) -> list[Case]:
     """Every op that was built, at every shape; those of slow gates come first."""
-    pairs = QUICK_SHAPES if quick else SHAPES
-    if tokens or heads:
-        pairs = [(t, h) for t in tokens or [8192] for h in heads or [64]]
-    built = {(p, op): contenders.built(folders, op, p == TRAINING) for p, op in product(purposes, ops)}
+    built = {(p, op): contenders.built(folders, op, p) for p, op in product(purposes, ops)}
     for purpose in purposes:
         if missing := [op for op in ops if not built[purpose, op]]:
             what = f"not built for {purpose}: {', '.join(missing)}"
             raise click.ClickException(f"{what}; `kdagen build --op NAME`, or choose with --ops and --purpose")
-    every = product(purposes, gates, pairs, ops)
-    return [Case(op, (batch, t, h), built[purpose, op], purpose, gate) for purpose, gate, (t, h), op in every]
+    return [
+        Case(op, shape, built[purpose, op], purpose, gate, lengths)
+        for purpose, gate in product(purposes, gates)
+        for shape, lengths in shapes(purpose, batch, tokens, heads, quick)
+        for op in ops
+    ]
+
+
+def shapes(purpose: str, batch: int | None, tokens, heads, quick: bool) -> list[tuple]:
+    """(B, T, H), and the lengths of a ragged batch's sequences."""
+    if purpose == DECODE:
+        pairs = QUICK_DECODED if quick else DECODED
+        if batch or heads:
+            pairs = product([batch] if batch else [1, 32, 256], heads or [32])
+        return [((b, 1, h), ()) for b, h in pairs]
+    if tokens or heads or batch:
+        return [((batch or 1, t, h), ()) for t, h in product(tokens or [8192], heads or [64])]
+    even = [((1, t, h), ()) for t, h in (QUICK_SHAPES if quick else SHAPES)]
+    return even + [((1, sum(lengths), h), lengths) for lengths, h in (RAGGED[:1] if quick else RAGGED)]
 
 
 def check(purpose: str, op: str, kernels: dict) -> dict[str, dict]:
     """The errors of each contender on a small shape, with what they may be; none if it does not run."""
     found = {label: check_kernels(WORK[purpose], op, label, loaded) for label, loaded in kernels.items()}
-    if peer := contenders.peer(op):
+    if peer := contenders.peer(op, purpose):
         found[peer.label] = check_peer(WORK[purpose], op, peer, next(iter(kernels.values())))
     return found
 
@@ -62,6 +82,9 @@ def check_kernels(work, op: str, label: str, kernels) -> dict:
     """Their errors, the largest over slow gates, fast gates and full resets."""
     try:
         given = [contenders.arguments(kernels, CHECKED, gate=gate) for gate in work.GATES]
+        if work is gpu_inference:  # of training and decoding, tests/gpu has ragged batches
+            whole = (1, sum(CHECKED_LENGTHS), CHECKED[2])
+            given.append(contenders.ragged(contenders.arguments(kernels, whole), CHECKED_LENGTHS))
         return contenders.merged([work.check_kernels(op, kernels, arguments) for arguments in given])
     except (LaunchError, ArgumentError) as error:
         console.print(f"{op} {label}: {error}")
@@ -71,7 +94,7 @@ def check_kernels(work, op: str, label: str, kernels) -> dict:
 def check_peer(work, op: str, peer, kernels) -> dict:
     """Its errors; that it does not run here says nothing about kdagen."""
     try:
-        return work.check_peer(op, peer, contenders.arguments(kernels, CHECKED))
+        return work.check_peer(op, peer, kernels, contenders.arguments(kernels, CHECKED))
     except Exception as error:
         console.print(f"{op}: {peer.label} does not run here: {type(error).__name__}: {error}")
         return {}
@@ -80,12 +103,12 @@ def check_peer(work, op: str, peer, kernels) -> dict:
 def sound(case: Case, errors: dict) -> Case:
     """The case without kernels that compute something else."""
     kernels = {label: k for label, k in case.kernels.items() if contenders.sound(errors[label])}
-    return Case(case.op, case.shape, kernels, case.purpose, case.gate)
+    return replace(case, kernels=kernels)
 
 
-def comparable(op: str, errors: dict):
+def comparable(case: Case, errors: dict):
     """The peer, if it computes what kdagen computes."""
-    peer = contenders.peer(op)
+    peer = case.peer
     return peer if peer and contenders.sound(errors[peer.label]) else None
 
 
@@ -94,7 +117,8 @@ def inputs(case: Case, l2_bytes: int) -> list[dict]:
     made, work = [], WORK[case.purpose]
     for seed in range(timing.sets_needed(case.least_bytes[""], l2_bytes)):
         drawn = contenders.arguments(case.first, case.shape, seed, case.gate)
-        shared = work.inputs(case.first, contenders.stretched(case.first, drawn, case.shape[1]), seed)
+        long = contenders.stretched(case.first, drawn, case.shape[1])
+        shared = work.inputs(case.first, contenders.ragged(long, case.lengths), seed)
         made.append(shared | {label: work.with_results(k, shared) for label, k in case.kernels.items()})
     return made
 
@@ -128,7 +152,7 @@ def run(todo: list[Case], modes, rounds: int, seconds: float, out: Path) -> tupl
 
 def measure(case: Case, modes, rounds: int, errors: dict, l2_bytes: int, ceilings: dict) -> list[dict]:
     """Figures of one case, in every mode."""
-    sets, peer, work, found = inputs(case, l2_bytes), comparable(case.op, errors), WORK[case.purpose], []
+    sets, peer, work, found = inputs(case, l2_bytes), comparable(case, errors), WORK[case.purpose], []
     peaks = {label: timing.peak_bytes(call, sets[0]) for label, call in work.whole(case, peer).items()}
     for mode in modes:
         times = timing.measure(work.calls(case, mode, peer), sets, rounds, mode)
@@ -181,9 +205,9 @@ def option(name: str, default, known=(), more: str = ""):
 @option("--purpose", WORK, WORK)
 @option("--ops", OPS, more="Entries of the zoo, comma-separated.")
 @option("--gates", GATES, GATES)
-@option("--tokens", (), more="Lengths; 8192 if only --heads is given.  [default: seven shapes]")
+@option("--tokens", (), more="Lengths; 8192 if only --heads is given.  [default: seven shapes and three ragged ones]")
 @option("--heads", (), more="Head counts; 64 if only --tokens is given.")
-@click.option("--batch", default=1, show_default=True)
+@click.option("--batch", type=int, help="Sequences; 1, and in decoding 1 to 256, if it is not given.")
 @option("--modes", ("device",), timing.MODES)
 @click.option("--calls", "rounds", default=30, show_default=True, help="Timed calls of each contender.")
 @click.option("--quick", is_flag=True, help="Two shapes, ten calls.")
@@ -195,7 +219,9 @@ def main(folders, purpose, ops, gates, tokens, heads, batch, modes, rounds, quic
     import torch
 
     if TRAINING in purpose and "graph" in modes:
-        raise click.UsageError("--modes graph is for inference: add --purpose inference, or leave graph out")
+        raise click.UsageError(
+            "--modes graph is for inference and decoding: add --purpose inference,decode, or leave graph out"
+        )
     rounds, tokens, heads = 10 if quick else rounds, [int(n) for n in tokens], [int(n) for n in heads]
     todo = cases(list(folders), purpose, ops, gates, batch, tokens, heads, quick)
     if dry_run:

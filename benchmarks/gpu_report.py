@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import gpu_contenders as contenders
 from rich.table import Table
 
-INFERENCE, TRAINING = "inference", "training"
+INFERENCE, TRAINING, DECODE = "inference", "training", "decode"
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,13 @@ class Case:
     kernels: dict
     purpose: str = INFERENCE
     gate: str = "mild"
+    lengths: tuple[int, ...] = ()  # of a ragged batch's sequences
+
+    @property
+    def peer(self):
+        """What it is measured beside, if that is installed and takes such a case."""
+        found = contenders.peer(self.op, self.purpose)
+        return None if found and self.lengths and not found.ragged else found
 
     @property
     def first(self):
@@ -33,14 +40,20 @@ class Case:
         """The least traffic by part."""
         return contenders.least_bytes(self.first, self.shape)
 
+    @property
+    def size(self) -> str:
+        """B, T, H and, of a ragged batch, how many sequences."""
+        return " ".join(map(str, self.shape)) + (f" / {len(self.lengths)}" if self.lengths else "")
+
     def __str__(self):
         b, t, h = self.shape
-        return f"{self.op}, {self.purpose}, {self.gate} gates, B = {b}, T = {t}, H = {h}"
+        ragged = f" in {len(self.lengths)} sequences" if self.lengths else ""
+        return f"{self.op}, {self.purpose}, {self.gate} gates, B = {b}, T = {t}{ragged}, H = {h}"
 
 
 def rows(case: Case, mode: str, times: dict, peaks: dict, errors: dict, copy_rate: float) -> list[dict]:
     """Figures of each contender and part, ready for JSON; ratios are of the same part."""
-    peer, modelled, least = contenders.peer(case.op), _modelled(case), case.least_bytes
+    peer, modelled, least = case.peer, _modelled(case), case.least_bytes
     found = []
     for label, t in times.items():
         contender, _, part = label.partition(": ")
@@ -51,6 +64,8 @@ def rows(case: Case, mode: str, times: dict, peaks: dict, errors: dict, copy_rat
             {
                 "op": case.op,
                 **dict(zip("BTH", case.shape)),
+                "lengths": list(case.lengths),
+                "size": case.size,
                 "purpose": case.purpose,
                 "gate": case.gate,
                 "mode": mode,
@@ -87,7 +102,7 @@ def table(measured: list[dict]) -> Table:
         ms = row["ms"]
         made.add_row(
             row["op"],
-            f"{row['B']} {row['T']} {row['H']}",
+            row["size"],
             *(row[k] for k in ("purpose", "gate", "mode", "contender", "part")),
             *(f"{ms[k]:.3f}" for k in ("median", "p25", "p75")),
             _or_blank(row["times_faster_than_fla"], "{:.2f}"),
@@ -112,13 +127,14 @@ def plan_table(todo: list[Case], modes, rounds: int) -> Table:
         made.add_column(title, justify="right" if i in (6, 7, 8, 10) else "left", no_wrap=True)
     for case in todo:
         tokens = case.shape[0] * case.shape[1] * case.shape[2]
-        peer = contenders.PEERS.get(case.op)
+        peer = contenders.known_peer(case.op, case.purpose)
         for label, kernels in case.kernels.items():
             schedule = kernels.plan["schedule"]
             moved = contenders.modelled_bytes(kernels, case.shape)[""] / tokens
-            memory = contenders.tensor_bytes(kernels, case.shape, "argument", "d_out", *contenders.ALLOCATED)
+            roles = ("argument", "d_out", "state_pool", *contenders.ALLOCATED)
+            memory = contenders.tensor_bytes(kernels, case.shape, *roles, sequences=len(case.lengths))
             made.add_row(
-                case.op, " ".join(map(str, case.shape)), case.purpose, case.gate, label,
+                case.op, case.size, case.purpose, case.gate, label,
                 f"{schedule.get('decay', '')}, {kernels.plan['chunk_size']}",
                 f"{moved:,.0f}", f"{case.least_bytes[''] / tokens:,.0f}", f"{memory / 1e9:.2f}",
                 peer.label if peer else "", str(rounds * len(modes)),

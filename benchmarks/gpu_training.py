@@ -26,13 +26,14 @@ def check_kernels(op: str, kernels, given: dict) -> dict[str, tuple[float, float
     kept = {name: forward[name] for name in kernels.kept}
     backward = kernels.launch({**moved, **kept, kernels.by_role["d_out"]: d_out}, "backward")
     found = {f"d_{n}": x for n, x in kernels.gradients(backward).items()}
-    found |= {role: forward[kernels.by_role[role]] for role in ("out", "final_state")}
+    found["out"] = forward[kernels.by_role["out"]]
+    found["final_state"] = contenders.plain(kernels, forward[kernels.by_role["final_state"]])
     dtype, canonical = kernels.plan["dtype"], from_json(kernels.plan["recurrence"]["canonical"])
     most = {f"d_{n}": tolerance for n, tolerance in gradient_tolerance(canonical, dtype).items()}
     return errors(op, found, given, d_out, {"out": TOLERANCE[dtype], "final_state": TOLERANCE[dtype], **most})
 
 
-def check_peer(op: str, peer, given: dict) -> dict[str, tuple[float, float]]:
+def check_peer(op: str, peer, kernels, given: dict) -> dict[str, tuple[float, float]]:
     """The same of a peer: its output and its gradients."""
     import torch
 
@@ -61,16 +62,16 @@ def cotangent(kernels, arguments: dict, seed: int = 0):
     """That of the output, on the GPU."""
     import torch
 
-    spec = kernels.plan["tensors"][kernels.by_role["d_out"]]
-    shape, generator = kernels.shape(spec["name"], kernels.dims(arguments)), torch.Generator().manual_seed(seed + 1)
-    tokens = min(shape[1], contenders.SAMPLED)
-    drawn = torch.randn(shape[0], tokens, *shape[2:], generator=generator).to(getattr(torch, spec["dtype"]))
-    return drawn.to(contenders.DEVICE)[:, torch.arange(shape[1], device=contenders.DEVICE) % tokens]
+    dims, generator = kernels.dims(arguments), torch.Generator().manual_seed(seed + 1)
+    tokens = min(dims["tokens"], contenders.SAMPLED)
+    drawn = torch.randn(dims["B"], tokens, dims["HV"], dims["V"], generator=generator)
+    drawn = drawn.to(getattr(torch, kernels.plan["dtype"])).to(contenders.DEVICE)
+    return drawn[:, torch.arange(dims["tokens"], device=contenders.DEVICE) % tokens]
 
 
 def leaves(arguments: dict) -> dict:
     """The same memory, as tensors whose gradients are wanted."""
-    return {name: x.detach().requires_grad_() for name, x in arguments.items()}
+    return {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in arguments.items()}
 
 
 def inputs(kernels, arguments: dict, seed: int) -> dict:
@@ -80,7 +81,7 @@ def inputs(kernels, arguments: dict, seed: int) -> dict:
 
 def with_results(kernels, shared: dict) -> dict:
     """The tensors that these kernels are launched on."""
-    return contenders.with_results(kernels, shared["arguments"]) | {kernels.by_role["d_out"]: shared["d_out"]}
+    return contenders.with_results(kernels, {**shared["arguments"], kernels.by_role["d_out"]: shared["d_out"]})
 
 
 def calls(case, mode: str, peer) -> dict:
@@ -103,7 +104,8 @@ def through_autograd(label: str, function) -> dict[str, Call]:
 
     def backward(made):
         given, out = made
-        return torch.autograd.grad(out, list(given["leaves"].values()), given["d_out"], allow_unused=True)
+        wanted = [x for x in given["leaves"].values() if x.requires_grad]
+        return torch.autograd.grad(out, wanted, given["d_out"], allow_unused=True)
 
     return {
         label: Call(lambda given: backward(forward(given)), ahead=AHEAD),

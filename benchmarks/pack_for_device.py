@@ -4,8 +4,9 @@
     # carry kdagen's checkout and device_ops there, then:
     PYTHONPATH=. python benchmarks/gpu.py device_ops
 
-Each sub-folder is a package as `kdagen build` writes it: `default`, with kernels of inference and of training; one for
-each variant of inference's schedule; and, for training, one for each other choice of what a forward keeps.
+Each sub-folder is a package as `kdagen build` writes it: `default`, with kernels of inference, training and decoding;
+one for each variant of inference's schedule; for training, one for each other choice of what a forward keeps; and, for
+inference and decoding, one for each other type of states.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from kdagen import zoo
 from kdagen.build.builder import build
 from kdagen.build.progress import Progress, summary
 from kdagen.errors import ScheduleError
-from kdagen.pipeline import compile_op, compile_training
+from kdagen.pipeline import compile_decode, compile_op, compile_training
 from kdagen.schedule import Keep
+from kdagen.state import StateType
 
 MIB = 1 << 20
 TRAINED = zoo.names()
 EVERY_POLICY = ("kda",)
+STATE_TYPES = (StateType("VK"), StateType("KV", "bfloat16"), StateType("VK", "bfloat16"))
+EVERY_STATE = ("kda",)
 VARIED = ("kda", "kda_bounded", "gated_deltanet", "gla", "dplr")
 VARIANTS = {
     "chunk16": {"chunk_size": 16},
@@ -55,6 +59,18 @@ def training_sources(arch: str, ops: list[str], every_policy: list[str]) -> dict
         name, some = f"keep_{keep}", [op for op in ops if op in every_policy]
         made[name] = [_attempt(name, compile_training, op, arch, {"keep": keep}) for op in some]
     return {package: [s for s in found if s] for package, found in made.items() if any(found)}
+
+
+def decode_sources(arch: str, ops: list[str], every_state: list[str]) -> dict[str, list]:
+    """The same of decoding; types of states other than the default, in inference too, have packages of their own."""
+    made = {"default": [compile_decode(zoo.get(op), arch=arch) for op in ops]}
+    for state in STATE_TYPES:
+        some = [zoo.get(op) for op in ops if op in every_state]
+        makers = (compile_op, compile_decode)
+        made[f"state_{state.name.replace('.', '_')}"] = [
+            make(r, arch=arch, state=state) for r in some for make in makers
+        ]
+    return {package: found for package, found in made.items() if found}
 
 
 def _attempt(what: str, make, op: str, arch: str, schedule: dict):
@@ -100,16 +116,24 @@ def words(name: str, default, text: str):
     "Those of --training also built to keep the inputs alone, and all: a few more kernels each, for what they share is "
     f"compiled once.  [default: {','.join(EVERY_POLICY)}]",
 )  # fmt: skip
+@words("--every-state", EVERY_STATE, f"Those for every type of states too.  [default: {','.join(EVERY_STATE)}]")
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at once.  [default: the number of cores]")
 @click.option("--limit", default=50, show_default=True, help="MiB that the folder may have.")
-def main(out: Path, arch: str, ops, varied, variants, training, every_policy, jobs: int | None, limit: int) -> None:
+def main(
+    out: Path, arch: str, ops, varied, variants, training, every_policy, every_state, jobs: int | None, limit: int
+) -> None:
     """Build what benchmarks/gpu.py and `pytest -m gpu` need on a GPU machine without a compiler.
 
     Every op's kernels for training take a minute or two of one core to compile: narrow --training where that is long.
     """
     started = time.perf_counter()
     training = [op for op in training if op in ops]
-    for kind in (sources(arch, ops, varied, variants), training_sources(arch, training, every_policy)):
+    kinds = (
+        sources(arch, ops, varied, variants),
+        training_sources(arch, training, every_policy),
+        decode_sources(arch, ops, every_state),
+    )
+    for kind in kinds:
         for package, found in kind.items():
             click.echo(f"{package}:\n{summary(build_each(found, out / package, jobs))}", nl=False)
     total = size(out) / MIB

@@ -146,8 +146,8 @@ class LoadedOp:
                 f"{self.plan['name']}: the backward lacks {', '.join(missing)}: expected what the forward's launch "
                 f"returned under {'this name' if len(missing) == 1 else 'these names'}"
             )
-        form, device = self.layout(given, which, scalars.get("every", 0)), next(iter(given.values())).device
-        made = {n: allocate(m.shape, m.dtype, device, m.zero) for n, m in form.made.items() if n not in given}
+        form = self.layout(given, which, scalars.get("every", 0))
+        made = self._make(form, given, allocate)
         if form.empty:
             self._keep_states({**given, **made})
         else:
@@ -156,6 +156,16 @@ class LoadedOp:
             for kernel in self.passes[which]:
                 self._run(functions[kernel["name"]], [memory[name] for name in kernel["params"]])
         return {**given, **{name: form.returned(name, x) for name, x in made.items()}}
+
+    def memory(self, tensors: dict, which: str, allocate) -> dict:
+        """What the kernels of a pass would take in a launch, by name: to launch them one by one."""
+        form = self.layout(tensors, which)
+        everything = {**tensors, **self._make(form, tensors, allocate)}
+        return layouts.packed(self.plan, self._names[which], everything, form.dims, {})
+
+    def _make(self, form: layouts.Layout, given: dict, allocate) -> dict:
+        device = next(iter(given.values())).device
+        return {n: allocate(m.shape, m.dtype, device, m.zero) for n, m in form.made.items() if n not in given}
 
     def _keep_states(self, tensors: dict) -> None:
         """No token, no kernel: the state, or its cotangent, stays as it was."""

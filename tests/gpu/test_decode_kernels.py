@@ -1,4 +1,4 @@
-"""The kernel that decodes, on a GPU: a token or several, pools of states, slots, speculation; against the recurrence."""
+"""The kernel that decodes, on a GPU: a token or several, slots of a pool, speculation; against the recurrence."""
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ def test_replays_are_identical(name):
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_wrong_leads_nowhere_outside(name, wrong):
-    """Nobody checked it: nothing but output and pool is written (`decode` sees to it), and no slot that is not named."""
+    """Nobody checked it: nothing but output and pool is written (`decode` sees to it), and no slot but those named."""
     for kernels in decoding(name):
         given = WRONG[wrong]
         shape = (1, 4, HEADS) if "cu_seqlens" in given else (4, 1, HEADS)

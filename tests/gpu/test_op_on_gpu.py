@@ -71,6 +71,44 @@ def test_a_cuda_graph_replays_on_new_inputs(name):
         assert same(captured, expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cuda_graph_of_a_ragged_batch_replays_on_other_lengths(name):
+    given = inputs(name)
+    state = given.pop("initial_state").repeat_interleave(2, 0)[:3].contiguous()
+    packed = {n: x.flatten(0, 1)[None] if x.dim() > 2 else x for n, x in given.items()}
+    packed |= {"initial_state": state, "cu_seqlens": torch.tensor([0, 100, 250, 400], device=DEVICE)}
+    call(name, packed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(name, packed)
+    for ends in ([0, 0, 399, 400], [0, 7, 7, 300]):
+        packed["cu_seqlens"].copy_(torch.tensor(ends))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(captured, call(name, {**packed, "cu_seqlens": torch.tensor(ends, device=DEVICE)}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cuda_graph_of_decoding_replays_on_other_slots(name):
+    given = inputs(name)
+    state = given.pop("initial_state")
+    tokens = {n: x[:, :1].contiguous() if x.dim() > 2 else x for n, x in given.items()}
+    pool = state.repeat(3, 1, 1, 1)
+    before, slots = pool.clone(), torch.tensor([0, 1], device=DEVICE)
+    op(name).decode(**tokens, state_pool=pool, state_indices=slots)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(name).decode(**tokens, state_pool=pool, state_indices=slots)
+    for chosen in ([5, 2], [3, -1]):
+        pool.copy_(before)
+        slots.copy_(torch.tensor(chosen))
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = before.clone()
+        o = op(name).decode(**tokens, state_pool=expected, state_indices=torch.tensor(chosen, device=DEVICE))
+        assert same((captured, pool), (o, expected))
+
+
 def test_every_gpu_whichever_is_current():
     expected = call("kda", inputs("kda"))
     for index in range(torch.cuda.device_count()):

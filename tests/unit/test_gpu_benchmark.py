@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import packages
@@ -12,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import kdagen as kg
-from kdagen.pipeline import compile_op, compile_training
+from kdagen.pipeline import compile_decode, compile_op, compile_training
 from kdagen.runtime import loader
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -34,6 +35,7 @@ def folder(tmp_path_factory):
     for name in ("gated_deltanet", "linear_attention"):
         packages.write(place / "default", compile_op(kg.load(name)), place)
         packages.write(place / "default", compile_training(kg.load(name)), place)
+        packages.write(place / "default", compile_decode(kg.load(name)), place)
     packages.write(place / "chunk16", compile_op(kg.load("gated_deltanet"), schedule={"chunk_size": 16}), place)
     for name in ("gated_deltanet", "kda_softplus"):
         keeping = compile_training(kg.load(name), schedule={"keep": "inputs"})
@@ -77,8 +79,9 @@ def test_training_is_of_the_kernels_that_train(folder):
 
 
 def test_both_purposes_are_measured_unless_one_is_chosen(folder):
-    *lines, _ = dry_run(folder, "--ops", "linear_attention", "--tokens", "64", "--gates", "mild")
-    assert [line[4] for line in lines] == ["inference", "training"]
+    *lines, _ = dry_run(folder, "--ops", "linear_attention", "--tokens", "64", "--gates", "mild", "--quick")
+    assert [line[4] for line in lines] == ["inference", "training", *["decode"] * 3]
+    assert [line[1:4] for line in lines[2:]] == [[batch, "1", "32"] for batch in ("1", "32", "256")]
 
 
 def test_ops_that_were_not_built_are_named(folder):
@@ -100,7 +103,7 @@ def test_unknown_modes_are_refused(folder):
 
 def test_graphs_are_for_inference(folder):
     result = invoke(folder, "--dry-run", "--modes", "graph", "--ops", "linear_attention")
-    assert result.exit_code == 2 and "--modes graph is for inference" in result.output
+    assert result.exit_code == 2 and "--modes graph is for inference and decoding" in result.output
 
 
 def test_without_a_gpu_it_says_so(folder, monkeypatch):
@@ -138,21 +141,23 @@ def machine(monkeypatch):
     monkeypatch.setattr(gpu_timing, "peak_bytes", lambda call, given: 12345)
     monkeypatch.setattr(gpu_timing, "facts", lambda: facts)
     monkeypatch.setattr(gpu_timing, "ceilings", lambda: {"copy_bytes_a_second": 1e9, "bf16_flops_a_second": 1e12})
-    monkeypatch.setattr(gpu_contenders, "peer", lambda name: Slow())
+    monkeypatch.setattr(gpu_contenders, "peer", lambda *_: Slow())
     return gpu, launched
 
 
 class Slow:
     """A peer that is right, and as fast as its label is short."""
 
-    label = "fla twenty letters .."
+    label, ragged = "fla twenty letters ..", False
 
     def __call__(self, given):
         return 2 * given["v"], None
 
 
-def case(benchmark, folder, op: str, purpose: str, tokens: int = SHAPE[1], heads: int = SHAPE[2], gate: str = "mild"):
-    (only,) = benchmark.cases([folder], [purpose], [op], [gate], 1, [tokens], [heads], False)
+def case(
+    benchmark, folder, op: str, purpose: str, tokens: int = SHAPE[1], heads: int = SHAPE[2], gate: str = "mild", batch=1
+):
+    (only,) = benchmark.cases([folder], [purpose], [op], [gate], batch, [tokens], [heads], False)
     return only
 
 
@@ -165,7 +170,7 @@ def measured(benchmark, todo, out) -> dict:
 def test_figures_are_ratios_of_one_run(folder, machine, tmp_path):
     benchmark, launched = machine
     found = measured(benchmark, [case(benchmark, folder, "gated_deltanet", "inference")], tmp_path / "out.json")
-    parts = ("", "prepare", "scan")
+    parts = ("", "index", "prepare", "scan")
     assert set(found) == {(f"kdagen {k}", part) for k in ("chunk16", "default") for part in parts} | {(Slow.label, "")}
     row, tokens = found["kdagen default", ""], SHAPE[1] * SHAPE[2]
     assert row["times_faster_than_fla"] == len(Slow.label) / len("kdagen default")
@@ -178,7 +183,7 @@ def test_figures_are_ratios_of_one_run(folder, machine, tmp_path):
     scan = found["kdagen default", "scan"]
     assert scan["of_floor"] is None and scan["times_faster_than_fla"] is None
     name, tensors = launched[-1]
-    assert name == "gated_deltanet_scan" and {tuple(t.shape) for t in tensors} >= {(1, 600, 3, 128)}
+    assert name == "gated_deltanet_scan" and {tuple(t.shape) for t in tensors if torch.is_tensor(t)} >= {(600, 3, 128)}
 
 
 def test_training_is_forward_and_backward(folder, machine, tmp_path):
@@ -186,7 +191,7 @@ def test_training_is_forward_and_backward(folder, machine, tmp_path):
     todo = [case(benchmark, folder, "gated_deltanet", "training", gate="bounded")]
     found = measured(benchmark, todo, tmp_path / "out.json")
     passes = ("", "forward", "backward")
-    kernels = {"default": ["prepare", "scan", "reverse", "gradients"]}
+    kernels = {"default": ["index", "prepare", "scan", "reverse", "gradients"]}
     kernels["keep_inputs"] = [*kernels["default"], "replay"]
     expected = {(f"kdagen {k}", part) for k, families in kernels.items() for part in (*passes, *families)}
     assert set(found) == expected | {(Slow.label, part) for part in passes}
@@ -200,9 +205,10 @@ def test_training_is_forward_and_backward(folder, machine, tmp_path):
     for figure in ("modelled_bytes", "floor_ms"):
         assert whole[figure] == pytest.approx(forward[figure] + backward[figure])
     moved = {family: found["kdagen keep_inputs", family]["modelled_bytes"] for family in kernels["keep_inputs"]}
-    assert backward["modelled_bytes"] == pytest.approx(sum(moved.values()) - moved["scan"])  # prepare is in both
+    assert backward["modelled_bytes"] == pytest.approx(sum(moved.values()) - moved["scan"])  # all others are in both
     names = [name.removeprefix("gated_deltanet_") for name, _ in launched]
-    assert names[:6] == ["prepare", "scan", "prepare", "reverse", "gradients", "prepare"]  # whole, then the forward
+    passes = ["index", "prepare", "scan", "index", "prepare", "reverse", "gradients"]
+    assert names[:9] == [*passes, "index", "prepare"]  # whole, then the forward
 
 
 def test_a_parameter_that_is_a_sum_over_sequences(folder, machine, tmp_path):
@@ -288,7 +294,7 @@ def test_a_peer_that_is_off_or_does_not_run_is_left_out(folder, machine, monkeyp
     only = case(benchmark, folder, "linear_attention", "training", 64, 1)
     for found, expected in ((lambda *_: {"d_q": (0.3, 5e-2)}, None), (lambda *_: 1 / 0, None)):
         monkeypatch.setattr(benchmark.WORK["training"], "check_peer", found)
-        assert benchmark.comparable(only.op, benchmark.check("training", only.op, only.kernels)) is expected
+        assert benchmark.comparable(only, benchmark.check("training", only.op, only.kernels)) is expected
     assert "does not run here: ZeroDivisionError" in capsys.readouterr().out
 
 
@@ -296,7 +302,7 @@ def test_a_peer_that_is_off_or_does_not_run_is_left_out(folder, machine, monkeyp
 def small(tmp_path_factory):
     """Ops that are small enough to run as programs."""
     place = tmp_path_factory.mktemp("small")
-    for make in (compile_op, compile_training):
+    for make in (compile_op, compile_training, compile_decode):
         packages.write(place / "default", make(kg.load("linear_attention"), 64), place)
     return place
 
@@ -312,10 +318,12 @@ class LinearAttention:
     def __call__(self, given):
         q, k, v = (given[n].double().transpose(1, 2) for n in "qkv")
         o = self.scale * (q @ k.mT).tril() @ v
-        return o.transpose(1, 2).to(given["v"].dtype), (k.mT @ v).float()
+        state = given.get("initial_state", torch.zeros(())).double()
+        o, state = o + self.scale * (q @ state if state.dim() else 0), state + k.mT @ v
+        return o.transpose(1, 2).to(given["v"].dtype), state.float()
 
 
-@pytest.mark.parametrize("purpose", ["inference", "training"])
+@pytest.mark.parametrize("purpose", ["inference", "training", "decode"])
 def test_contenders_are_checked_against_the_recurrence(small, monkeypatch, purpose):
     import gpu
     import gpu_contenders
@@ -323,19 +331,21 @@ def test_contenders_are_checked_against_the_recurrence(small, monkeypatch, purpo
     simulated_gpu.install(monkeypatch)
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "CHECKED", (2, 40, 1))
+    monkeypatch.setattr(gpu, "CHECKED_LENGTHS", (7, 1, 20))
     only = case(gpu, small, "linear_attention", purpose)
     results = {"out", "final_state"} | ({"d_q", "d_k", "d_v"} if purpose == "training" else set())
-    monkeypatch.setattr(gpu_contenders, "peer", lambda name: LinearAttention())
+    monkeypatch.setattr(gpu_contenders, "peer", lambda *_: LinearAttention())
     errors = gpu.check(purpose, only.op, only.kernels)
     assert all(set(found) == results for found in errors.values())
     assert all(0 < error <= most for error, most in errors["default"].values())
-    assert gpu.comparable(only.op, errors).label == LinearAttention.label
+    assert gpu.comparable(only, errors).label == LinearAttention.label
     found = gpu.check_peer(gpu.WORK[purpose], only.op, LinearAttention(1.1), only.first)
-    assert gpu.comparable(only.op, {LinearAttention.label: found}) is None
+    assert gpu.comparable(only, {LinearAttention.label: found}) is None
 
 
+@pytest.mark.parametrize("lengths", [(), (9, 0, 13)], ids=["batch", "ragged"])
 @pytest.mark.parametrize("purpose", ["inference", "training"])
-def test_what_is_timed_computes_what_was_checked(small, monkeypatch, purpose):
+def test_what_is_timed_computes_what_was_checked(small, monkeypatch, purpose, lengths):
     """Bare launches on their own workspaces leave the results that a launch gives."""
     import gpu
     import gpu_contenders
@@ -343,6 +353,8 @@ def test_what_is_timed_computes_what_was_checked(small, monkeypatch, purpose):
     simulated_gpu.install(monkeypatch)
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
     only = case(gpu, small, "linear_attention", purpose, 20, 1)
+    if lengths:
+        only = replace(only, shape=(1, sum(lengths), 1), lengths=lengths)
     (given,), kernels = gpu.inputs(only, 0), only.kernels["default"]
     gpu.WORK[purpose].calls(only, "device", None)["kdagen default"](given)
     made = kernels.launch(given["arguments"])
@@ -353,7 +365,74 @@ def test_what_is_timed_computes_what_was_checked(small, monkeypatch, purpose):
         made |= kernels.launch({**given["arguments"], **kept, **d_out}, "backward")
         names += [name for name in made if name.endswith("_out") and name.startswith("d_")]
         assert len(names) == 4
-    assert all(made[n].any() and torch.equal(made[n], given["default"][n]) for n in names)
+    assert all(made[n].any() and torch.equal(made[n].flatten(0, 1), given["default"][n]) for n in names)
+
+
+def test_decoding_is_timed_in_place(small, monkeypatch):
+    import gpu
+    import gpu_contenders
+
+    simulated_gpu.install(monkeypatch)
+    monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
+    only = case(gpu, small, "linear_attention", "decode", heads=2, batch=3)
+    assert only.shape == (3, 1, 2)
+    (given,), kernels = gpu.inputs(only, 0), only.first
+    before = given["states"].clone()
+    calls = gpu.WORK["decode"].calls(only, "device", LinearAttention())
+    calls["kdagen default"](given)
+    made = kernels.launch({**given["arguments"], "state_pool": before}, "decode")
+    assert torch.equal(made["o_out"].flatten(0, 1), given["default"]["o_out"])
+    assert torch.equal(before, given["default"]["state_pool"]) and not torch.equal(before, given["states"])
+    assert torch.allclose(calls[LinearAttention.label](given)[1], before, atol=1e-2)
+
+
+def test_the_bandwidth_of_decoding_is_of_states_read_and_written(folder, machine, tmp_path):
+    benchmark, launched = machine
+    only = case(benchmark, folder, "gated_deltanet", "decode", heads=5, batch=4)
+    row = measured(benchmark, [only], tmp_path / "out.json")["kdagen default", ""]
+    states = 2 * 4 * 5 * 128 * 128 * 4
+    tokens = 4 * 5 * (4 * 128 * 2 + 2 * 2)
+    assert row["floor_ms"] == pytest.approx(1e3 * (states + tokens) / 1e9)
+    assert row["modelled_bytes"] >= states + tokens and row["of_copy"] == pytest.approx(row["bytes_a_second"] / 1e9)
+    assert {name for name, _ in launched} == {"gated_deltanet_decode"}
+
+
+def test_ragged_batches_are_measured_too(folder, machine, tmp_path):
+    benchmark, launched = machine
+    todo = benchmark.cases([folder], ["inference"], ["linear_attention"], ["mild"], None, [], [], True)
+    (ragged,) = (c for c in todo if c.lengths)
+    assert ragged.shape == (1, 8192, 64) and len(ragged.lengths) == 6
+    assert str(ragged) == "linear_attention, inference, mild gates, B = 1, T = 8192 in 6 sequences, H = 64"
+    assert ragged.peer is None and todo[0].peer  # that one takes no cu_seqlens
+    small = replace(ragged, shape=(1, 20, 1), lengths=(13, 0, 7))
+    row = measured(benchmark, [small], tmp_path / "out.json")["kdagen default", ""]
+    assert row["lengths"] == [13, 0, 7]
+    index = next(given for name, given in launched if name.endswith("index"))
+    assert index[0].tolist() == [0, 13, 13, 20] and index[0].dtype == torch.int32
+
+
+def test_shapes_that_are_chosen_are_measured_alone():
+    import gpu
+
+    assert gpu.shapes("inference", 2, [64], [], False) == [((2, 64, 64), ())]
+    assert gpu.shapes("decode", None, [], [12], False) == [((b, 1, 12), ()) for b in (1, 32, 256)]
+    assert gpu.shapes("decode", 8, [], [], True) == [((8, 1, 32), ())]
+    assert [b for (b, _, h), _ in gpu.shapes("decode", None, [], [], False) if h == 32] == [2**i for i in range(9)]
+    assert [sum(lengths) for _, lengths in gpu.shapes("training", None, [], [], False) if lengths] == [8192] * 3
+
+
+def test_packed_decoding_has_a_package_for_each_type_of_states():
+    import pack_for_device
+
+    found = pack_for_device.decode_sources("sm90", ["linear_attention", "retnet"], ["retnet"])
+    listed = {package: [(s.name, s.passes and [*s.passes][0]) for s in sources] for package, sources in found.items()}
+    both = [("retnet", None), ("retnet", "decode")]
+    assert listed == {
+        "default": [("linear_attention", "decode"), ("retnet", "decode")],
+        "state_vk": both,
+        "state_bf16": both,
+        "state_vk_bf16": both,
+    }
 
 
 def test_sets_of_inputs_outlast_the_cache():
