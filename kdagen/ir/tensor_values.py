@@ -127,7 +127,7 @@ class Values:
         self.env[op.out.name] = self.chunked(x) if a.per_token else x.expand(self.n, self.size["B"], *x.shape)
 
     def chunked(self, x):
-        """[B, tokens, heads, *] as [chunk, B, heads, C, *], rows past the end zero; a view unless a chunk is partial."""
+        """[B, tokens, heads, *] as [chunk, B, heads, C, *], rows past the end zero; a view if none are."""
         if missing := self.n * self.chunk - x.shape[1]:
             padded = x.new_zeros(x.shape[0], x.shape[1] + missing, *x.shape[2:])
             padded[:, : x.shape[1]] = x

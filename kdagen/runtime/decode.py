@@ -61,18 +61,6 @@ class Decode(calls.Call):
             if slot >= 0:
                 values.check_finite(self.signature.name, f"{self.pool_name}[{slot}]", self.pool[slot])
 
-    def on_device(self) -> dict:
-        """Indices and counts as kernels take them, made without waiting for a GPU."""
-        import torch
-
-        n, whole = self.sizes["N"], {"dtype": torch.int32, "device": self.pool.device}
-        indices = torch.arange(n, **whole) if self.indices is None else self.indices
-        accepted = torch.ones(n, **whole) if self.accepted is None else self.accepted
-        return {
-            "state_indices": indices.reshape(n, self.columns).to(torch.int32),
-            "num_accepted_tokens": accepted.to(torch.int32),
-        }
-
 
 def decode_call(op, given: tuple, named: dict) -> Decode:
     """What the decode op was given, shapes and dtypes checked."""
@@ -131,10 +119,9 @@ class Decoding:
         self.op.note(call.like, "kernels in", kernels.folder)
         if call.empty:
             return call.results()[0].zero_()
-        given = call.given | {kernels.by_role[role]: x for role, x in call.on_device().items()}
-        scalars = {"null_below": call.null_below}
-        pool = {"state_pool": call.pool, "new_state_pool": call.pool}
-        return self.op.launch(kernels, given, "decode", scalars, **pool)[kernels.by_role["out"]]
+        given = {"state_pool": call.pool, "state_indices": call.indices, "num_accepted_tokens": call.accepted}
+        found = self.op.launch(kernels, call.given, "decode", {"null_below": call.null_below}, **given)
+        return found[kernels.by_role["out"]]
 
     def _fake(self, *given, **named):
         return decode_call(self.op, given, named).results()[0]

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from kdagen.recurrence import Recurrence
     from kdagen.schedule import DecodeSchedule, Schedule, TrainingSchedule
 
-NO_STATES = 1 << 30  # states_every in chunks, where no states are asked for
 
 log = logging.getLogger("kdagen")
 _ops: dict[str, Op] = {}  # by identity: what is compiled again unchanged, as notebooks do, is the same op
@@ -87,9 +86,8 @@ def compile(
     kernels = jit.JustInTime(recurrence, chosen, spec if isinstance(spec, str) else options.spec_of(recurrence))
     identity = torch_op.identity(description, chosen.json())
     wide = options.wide_arguments(form, chosen)
-    return shared(
-        identity, lambda: Op(signature(description), identity, lambda: form, kernels, chosen.keep, wide, chosen.state)
-    )
+    rest = lambda: form, kernels, chosen.keep, wide, chosen.state  # noqa: E731
+    return shared(identity, lambda: Op(signature(description), identity, *rest))
 
 
 def shared(identity: str, make: Callable[[], Op]) -> Op:
@@ -106,8 +104,8 @@ class Op:
     [B, T, HV, K], scalars [B, T, HV], parameters [HV] or [HV, K]; HV is a multiple of H, and value head j has key head
     j // (HV // H). A sequence (kg.Key[n]) is a list of n tensors, or one stacked on the dimension before the heads.
     o is [B, T, HV, V] in v's dtype; final_state is [B, HV, K, V] (or [B, HV, V, K]: state_layout) in float32 (float64
-    for float64; or bfloat16: state_dtype), None unless asked for. GPU kernels read contiguous tensors: others are copied
-    first.
+    for float64; or bfloat16: state_dtype), None unless asked for. GPU kernels read contiguous tensors: others are
+    copied first.
 
     With `cu_seqlens` [N + 1], 0 and the end of each of N sequences, these stand behind each other in a batch of B = 1,
     and states are [N, ...]; tokens after the last end are padding. With `states_every=n` a third result holds the state
@@ -165,9 +163,8 @@ class Op:
         options = self._options(initial_state=initial_state, cu_seqlens=cu_seqlens)
         if needs_gradient(self.name, [*given, *options]):
             raise inference_only(self.name, "recurrent")
-        o, state = self._run(
-            self.recurrent_op, *given, initial_state, bool(output_final_state), cu_seqlens, bool(check)
-        )
+        options = initial_state, bool(output_final_state), cu_seqlens, bool(check)
+        o, state = self._run(self.recurrent_op, *given, *options)
         return o, self._tagged(state) if output_final_state else None
 
     def decode(self, *args, state_pool=None, state_indices=None, num_accepted_tokens=None, cu_seqlens=None,
@@ -284,14 +281,14 @@ class Op:
         return call.returned(*results)
 
     def _every(self, call, kernels) -> int:
-        """After how many chunks a state is asked for."""
+        """After how many chunks a state is asked for, 0 for never."""
         chunk = kernels.plan["chunk_size"]
         if call.every % chunk:
             raise ArgumentError(
                 f"{self.name}: states_every = {call.every}, expected a multiple of {chunk} on this GPU: its kernels "
                 f"take chunks of {chunk} tokens (kg.compile(..., schedule={{'chunk_size': ...}}) for others)"
             )
-        return call.every // chunk or NO_STATES
+        return call.every // chunk
 
     def _fake(self, *given, **named):
         call = self.call(given, named)
@@ -314,10 +311,7 @@ class Op:
         """Launches a pass of kernels on contiguous copies; states and cotangents go by their roles, and may be None."""
         tensors = tensors | {kernels.by_role[role]: x for role, x in states.items() if x is not None}
         contiguous = {name: self._contiguous(name, x) for name, x in tensors.items()}
-        scalars = {"every": NO_STATES, **(scalars or {})}
-        return kernels.launch(
-            contiguous, which, scalars={n: x for n, x in scalars.items() if n in kernels.plan["tensors"]}
-        )
+        return kernels.launch(contiguous, which, scalars=scalars)
 
     def _contiguous(self, name: str, tensor):
         if not tensor.is_contiguous() and name not in self._announced:

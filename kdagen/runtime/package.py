@@ -31,11 +31,19 @@ class BuiltOp:
             with contextlib.suppress(KdagenError):  # a damaged op keeps no other from loading: its first call says so
                 self.load()
 
-    def __call__(self, *args, initial_state=None, output_final_state: bool = False, **named):
-        """(output [B, T, H, V], final state [B, H, K, V] or None)."""
+    def __call__(self, *args, **named):
+        """(output [B, T, HV, V], final state [N, HV, K, V] or None); the options are those of Op."""
         if self._op is None:
             self.load()
-        return self._op(*args, initial_state=initial_state, output_final_state=output_final_state, **named)
+        return self._op(*args, **named)
+
+    def recurrent(self, *args, **named):
+        """What a call gives, token by token: see Op.recurrent."""
+        return (self._op or self.load()).recurrent(*args, **named)
+
+    def decode(self, *args, **named):
+        """The next tokens of sequences whose states are in a pool: see Op.decode."""
+        return (self._op or self.load()).decode(*args, **named)
 
     def load(self):
         """Reads the manifests, checks their hashes, registers the torch op; returns the Op."""
@@ -45,8 +53,8 @@ class BuiltOp:
 
         digests = [variant.manifest["digest"] for variant in self.variants]
         identity = torch_op.identity("built", str(self.folder.resolve()), digests)
-        make = lambda: Op(signature(self.recurrence), identity, self._canonical, self, self.keep, self.wide)  # noqa: E731
-        self._op = shared(identity, make)
+        rest = self._canonical, self, self.keep, self.wide, self.state
+        self._op = shared(identity, lambda: Op(signature(self.recurrence), identity, *rest))
         return self._op
 
     @cached_property

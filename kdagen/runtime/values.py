@@ -1,7 +1,7 @@
 """Checks of what tensors hold: ends of sequences, slots of a pool, finite numbers. Every message names the fix.
 
-They read the tensors: on the CPU always, on a GPU, where that waits for it, only if `check=True`. Shapes and dtypes have
-been checked before, in kdagen.runtime.checks.
+They read the tensors: on the CPU always, on a GPU, where that waits for it, only if `check=True`. Shapes and dtypes are
+checked before, in kdagen.runtime.checks.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def test_output_in_the_dtype_asked_for_and_the_state_in_full(dtype, state_dtype,
     tensors = {n: x.to(dtype) for n, x in zoo.sample(form, (2, 70, 2, 16, 8)).items()}
     state = torch.randn(2, 2, 16, 8, dtype=state_dtype)
     expected = recurrence_reference(zoo.get("kda_softplus"), tensors, state)
-    o, final = cpu.run(chunk_form(form), tensors, state, dtype)
+    o, final, _ = cpu.run(chunk_form(form), tensors, state, dtype)
     assert (o.dtype, final.dtype) == (dtype, state_dtype)
     assert (o.double() - expected[0]).norm() <= bound * expected[0].norm()
     assert (final.double() - expected[1]).norm() <= min(bound, 1e-5) * expected[1].norm()
@@ -35,7 +35,7 @@ def test_gates_may_be_wider_than_values():
     tensors = zoo.sample(form, (1, 30, 2, 16, 8))
     mixed = {n: x.float() if n == "g" else x.bfloat16() for n, x in tensors.items()}
     expected, _ = recurrence_reference(zoo.get("kda"), mixed)
-    o, _ = cpu.run(chunk_form(form), mixed, out_dtype=torch.bfloat16)
+    o, *_ = cpu.run(chunk_form(form), mixed, out_dtype=torch.bfloat16)
     assert o.dtype == torch.bfloat16
     assert (o.double() - expected).norm() <= 3e-3 * expected.norm()
 
@@ -59,5 +59,5 @@ def test_short_sequences_equal_the_oracle(t):
     form = canonical(zoo.get("deltaproduct"))
     tensors = zoo.sample(form, (2, t, 2, 16, 8), "reset")
     expected = recurrence_reference(zoo.get("deltaproduct"), tensors)
-    for got, want in zip(cpu.run(chunk_form(form), tensors), expected, strict=True):
+    for got, want in zip(cpu.run(chunk_form(form), tensors)[:2], expected, strict=True):
         assert (got - want).norm() <= 1e-10 * want.norm()

@@ -159,11 +159,18 @@ def test_it_is_found_under_torch_ops():
     op = kg.compile(variation(name, 1.0))
     found = getattr(torch.ops.kdagen, name)
     assert op.torch_op == found.default
-    for result, expected in zip(found(**given, output_final_state=True), op(**given, output_final_state=True)):
-        assert torch.equal(result, expected)
-    options = "Tensor? initial_state=None, bool output_final_state=False"
-    schema = f"kdagen::{name}(Tensor q, Tensor k, Tensor v, {options}) -> (Tensor, Tensor)"
-    assert str(op.torch_op._schema) == schema
+    o, state, states = found(**given, output_final_state=True)
+    expected = op(**given, output_final_state=True)
+    assert torch.equal(o, expected[0]) and torch.equal(state, expected[1]) and states.numel() == 0
+    options = "Tensor? initial_state=None, bool output_final_state=False, Tensor? cu_seqlens=None"
+    schema = f"(Tensor q, Tensor k, Tensor v, {options}, int states_every=0, bool check=False)"
+    assert str(op.torch_op._schema) == f"kdagen::{name}{schema} -> (Tensor, Tensor, Tensor)"
+    pool = "Tensor(a!) state_pool, Tensor? state_indices=None, Tensor? num_accepted_tokens=None"
+    schema = f"(Tensor q, Tensor k, Tensor v, {pool}, Tensor? cu_seqlens=None, int null_below=0, bool check=False)"
+    assert str(op.decode_op._schema) == f"kdagen::{name}_decode{schema} -> Tensor"
+    assert str(op.recurrent_op._schema) == (
+        f"kdagen::{name}_recurrent(Tensor q, Tensor k, Tensor v, {options}, bool check=False) -> (Tensor, Tensor)"
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -223,7 +223,7 @@ def test_a_state_that_is_not_asked_for_has_no_gradient():
 
 def test_the_torch_op_of_inference_has_gradients_too():
     given, state = inputs(), initial()
-    results = kg.compile("kda_softplus").torch_op(*given.values(), state, True)
+    results = kg.compile("kda_softplus").torch_op(*given.values(), state, True)[:2]
     close(gradients(results, given, state), expected("kda_softplus", given, state), 1e-11)
 
 
@@ -255,7 +255,7 @@ def test_opcheck(name, keep, with_state):
     with torch.no_grad():
         o, end, kept = op.training_op(*given.values(), *options)
     fixed = [x.detach() for x in given.values()]
-    backward = (options[0].detach(), kept, None, end) if with_state else (None, kept, o, None)
+    backward = (options[0].detach(), None, kept, None, end) if with_state else (None, None, kept, o, None)
     calls = [(op.torch_op, (*given.values(), *options)), (op.training_op, (*given.values(), *options))]
     for torch_op, arguments in (*calls, (op.backward_op, (*fixed, *backward))):
         checks = torch.library.opcheck(torch_op, arguments)
@@ -265,12 +265,10 @@ def test_opcheck(name, keep, with_state):
 def test_schemas():
     name = f"summed{next(names)}"
     op = kg.compile(plain(name))
-    forward = "Tensor q, Tensor k, Tensor v, Tensor? initial_state=None, bool output_final_state=False"
-    backward = (
-        "Tensor q, Tensor k, Tensor v, Tensor? initial_state, Tensor[] kept, Tensor? d_out, Tensor? d_final_state"
-    )
-    assert [str(x._schema) for x in (op.torch_op, op.training_op, op.backward_op)] == [
-        f"kdagen::{name}({forward}) -> (Tensor, Tensor)",
+    given = "Tensor q, Tensor k, Tensor v, Tensor? initial_state"
+    forward = f"{given}=None, bool output_final_state=False, Tensor? cu_seqlens=None, bool check=False"
+    backward = f"{given}, Tensor? cu_seqlens, Tensor[] kept, Tensor? d_out, Tensor? d_final_state"
+    assert [str(x._schema) for x in (op.training_op, op.backward_op)] == [
         f"kdagen::{name}_training({forward}) -> (Tensor, Tensor, Tensor[])",
         f"kdagen::{name}_backward({backward}) -> (Tensor, Tensor, Tensor, Tensor)",
     ]
