@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from real_fla import VERSIONS
 from torch.nn.functional import normalize
 
 import kdagen.fla
 
+pytestmark = pytest.mark.parametrize("fla", VERSIONS[-1:], indirect=True)  # the references of 0.5 are the same
 B, T, H, HV, K, V = 2, 70, 2, 4, 16, 8
 
 
