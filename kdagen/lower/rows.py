@@ -84,7 +84,7 @@ def lower_index(name: str, chunk: int, segment: int = 0) -> Kernel:
     """
     tables = [_table(CHUNK_ROWS, "NC", chunk, "start", "length", chunk)]
     if segment:
-        tables.append(_table(SEGMENTS, "NG", chunk * segment, f"start // {chunk} + b", "chunks", segment))
+        tables.append(_table(SEGMENTS, "NG", chunk * segment, f"start // {chunk} + b", "chunks", segment, segment))
     return Kernel(
         name=f"{name}_index",
         family="index",
@@ -106,7 +106,7 @@ def lower_index(name: str, chunk: int, segment: int = 0) -> Kernel:
     )
 
 
-def _table(table: Buffer, slots: str, tokens: int, begin: str, count: str, unit: int) -> Map:
+def _table(table: Buffer, slots: str, tokens: int, begin: str, count: str, unit: int, every=1) -> Map:
     """Entry i of a sequence, a slot for each `tokens` of its own: begin + i unit, and what is left of count."""
     own = f"step * {THREADS} + i"
     slot = f"start // {tokens} + b + {own}"
@@ -116,5 +116,6 @@ def _table(table: Buffer, slots: str, tokens: int, begin: str, count: str, unit:
         (("i", THREADS),),
         ((f"{table.name}[{slot}, 0]", f"{begin} + ({own}) * {unit}"), (f"{table.name}[{slot}, 1]", left)),
         where=f"{slot} < {end}",
+        every=every,
         eq=f"slots of {tokens} tokens",
     )
