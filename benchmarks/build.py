@@ -1,5 +1,5 @@
 """What a build costs and what it leaves: wall time cold and warm, start-up times, and the figures of each kernel, of
-inference and of training.
+inference, training and decoding.
 
     pip install -e '.[build,cuda,sass]' && python benchmarks/build.py
 
@@ -26,6 +26,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.table import Table
+
+from kdagen.purposes import PURPOSES
+from kdagen.runtime import manifest as manifests
 
 RESULTS = Path(__file__).parent / "results" / "build.json"
 HEAVY = ("torch", "tilelang", "tvm", "sympy")
@@ -65,16 +68,20 @@ def build(arch: str, op: str, colds: int, warms: int) -> dict:
     """Cold and warm builds in folders of their own, and the manifest of what was built."""
     command = [kdagen(), "build", "--arch", arch, "--op", op, "--out"]
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place, str(i)) for i in range(colds)]
-        cold = [seconds([*command, str(f / "ops")], KDAGEN_CACHE_DIR=str(f / "cache")) for f in folders]
+        cold = {}
+        for which, more in (("cold_decode_s", ["--only", "decode"]), ("cold_s", [])):
+            folders = [Path(place, which, str(i)) for i in range(colds)]
+            cold[which] = [
+                seconds([*command, str(f / "ops"), *more], KDAGEN_CACHE_DIR=str(f / "cache")) for f in folders
+            ]
         last = folders[-1]
         warm = repeated([*command, str(last / "ops")], warms, KDAGEN_CACHE_DIR=str(last / "cache"))
         taken = compile_seconds(last / "cache")
-        manifests = sorted((last / "ops" / op).glob("*/manifest.json"))
-        made = {
-            "training" if m.parent.name.endswith("-training") else "inference": figures(m, taken) for m in manifests
+        plans = {
+            path: json.loads(path.read_text())["plan"] for path in sorted((last / "ops" / op).glob("*/manifest.json"))
         }
-        return {"cold_s": [round(s, 1) for s in cold], "warm": warm, **made}
+        made = {manifests.purpose(plan): figures(path, taken) for path, plan in plans.items()}
+        return {**{which: [round(s, 1) for s in found] for which, found in cold.items()}, "warm": warm, **made}
 
 
 def compile_seconds(cache: Path) -> dict[str, float]:
@@ -139,11 +146,12 @@ def show(found: dict) -> None:
     """The figures, as tables."""
     console, times = Console(width=120, highlight=False, markup=False), _table("", "s")
     times.add_row("build, cold cache", ", ".join(map(str, found["build"]["cold_s"])))
+    times.add_row("build of decoding alone, cold cache", ", ".join(map(str, found["build"]["cold_decode_s"])))
     times.add_row("build, warm cache", str(found["build"]["warm"]["median_s"]))
     for what in ("kdagen --help", "import kdagen", "python"):
         times.add_row(what, str(found["starts"][what]["median_s"]))
     console.print(times)
-    made = {purpose: found["build"][purpose] for purpose in ("inference", "training") if purpose in found["build"]}
+    made = {purpose: found["build"][purpose] for purpose in PURPOSES if purpose in found["build"]}
     for purpose, figures in made.items():
         console.print(_kernels(purpose, figures["kernels"]))
         moved = ", ".join(f"{which} {n:,.0f}" for which, n in figures["modelled_bytes_a_token_a_head"].items())

@@ -56,12 +56,12 @@ class JustInTime:
             return pipeline.compile_training, training_schedule(self.options)
         return pipeline.compile_op, self.options.schedule
 
-    def fitting(self, tensors: dict, capability: str, purpose: str = "inference", training: bool = False) -> LoadedOp:
+    def fitting(self, tensors: dict, capability: str, purpose: str = "inference") -> LoadedOp:
         """The kernels for these arguments on a GPU of compute capability "9.0"; built if they are nowhere.
 
         `purpose` is "inference", "training" or "decode".
         """
-        gpu, purpose = self.target(capability), "training" if training else purpose
+        gpu = self.target(capability)
         which = gpu.name, purpose
         if problem := (self._loaded.get(which) or self._unbuilt(gpu, purpose)).mismatch(tensors, capability):
             raise ArgumentError(

@@ -123,12 +123,12 @@ class BuiltOp:
         """The names of its tensors, in order."""
         return self.variants[0].plan["arguments"]
 
-    def fitting(self, tensors: dict, capability: str, purpose: str = "inference", training: bool = False) -> LoadedOp:
+    def fitting(self, tensors: dict, capability: str, purpose: str = "inference") -> LoadedOp:
         """The variant for a compute capability ("9.0") and tensors; says why each other does not fit.
 
         `purpose` is "inference", "training" or "decode".
         """
-        reasons, purpose = [], "training" if training else purpose
+        reasons = []
         for variant in self._variants_for(purpose):
             if (reason := variant.mismatch(tensors, capability)) is None:
                 return variant
