@@ -205,19 +205,36 @@ def test_bad_values_write_nothing_outside(cu, indices, accepted, null_below):
     assert statistics.reads_out_of_bounds == statistics.writes_out_of_bounds == 0
 
 
-def test_decoding_continues_what_the_chunk_form_began():
-    recurrence = zoo.get("kda")
-    pool = Pool(recurrence, (2, 21, 2), "softplus")
-    expected, final_ref = recurrence_reference(recurrence, pool.inputs)
-    for cut in (1, 16, 20):
-        begun = {n: x[:, :cut].contiguous() for n, x in pool.inputs.items()}
-        o, state, _ = simulate(compile_op(recurrence, 64), begun)
-        pool.states, whole = state, pool.inputs
-        pool.inputs = {n: x[:, cut:] for n, x in whole.items()}
-        rest, states, _ = pool.decode()
-        pool.inputs = whole
-        assert relative(torch.cat([o, rest], 1), expected) < TOLERANCE["bfloat16"]
-        assert relative(states, final_ref) < TOLERANCE["bfloat16"]
+@cache
+def kernels(name, state):
+    """The kernels for whole sequences, and those for tokens one after another."""
+    return compile_op(zoo.get(name), 64, state=state), compile_decode(zoo.get(name), 64, state=state)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["kda", "kda_softplus", "mamba2", "dplr", "deltaproduct"]),
+    st.sampled_from([STATES[0], STATES[1], STATES[2]]),
+    st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=2, max_size=4),
+)
+def test_a_sequence_in_pieces_by_chunks_and_by_tokens(name, state, pieces):
+    """Whichever kernels take a piece, (tokens, decoded or not), they go on where the others stopped."""
+    whole, step = kernels(name, state)
+    pool = Pool(zoo.get(name), (1, sum(n for n, _ in pieces), 2), "softplus", state=state)
+    states, outputs, start = pool.turned(pool.states.clone()).contiguous(), [], 0
+    per_token = {a.name for a in canonical(pool.recurrence).arguments if a.per_token}
+    for tokens, decoded in pieces:
+        piece = slice(start, start := start + tokens)
+        inputs = {n: x[:, piece].contiguous() if n in per_token else x for n, x in pool.inputs.items()}
+        if decoded:
+            outputs.append(simulate_decode(step, inputs, states)[0])
+        else:
+            o, states, _ = simulate(whole, inputs, states)
+            outputs.append(o)
+    o_ref, state_ref = recurrence_reference(pool.recurrence, pool.inputs, pool.states)
+    stored = 1 if state.dtype == "float32" else 2  # a state in bfloat16 is rounded between pieces
+    assert relative(torch.cat(outputs, 1), o_ref) < stored * TOLERANCE["bfloat16"]
+    assert relative(pool.turned(states), state_ref) < stored * TOLERANCE["bfloat16"]
 
 
 def test_a_sequence_alone_and_in_a_batch_gives_the_same_bits():
