@@ -51,7 +51,7 @@ class KernelSource:
     params: tuple[TensorSpec, ...]
     threads: int
     shared_bytes: int  # as the tile IR counts it; the lowered program's figure is the exact one
-    bytes_a_token: float = 0.0  # modelled traffic a token and head, states left out
+    bytes_a_token: float = 0.0  # modelled traffic a token and head, states left out; in decoding with them, at T = 1
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Tile:
         self.shape, self.vector = shape, 16 // BYTES[dtype]
         self.lanes = min(shape[1] // self.vector, LANES)
         self.rows = threads // max(self.lanes, 1)
-        if not self.lanes or shape[0] % self.rows or self.rows * self.lanes != threads:
+        if not threads or self.rows * self.lanes != threads or shape[0] % self.rows:
             raise ScheduleError(
                 f"{threads} threads cannot share a tile of the state of {shape[0]} x {shape[1]} as {dtype} in vectors "
                 f"of 16 bytes: choose another v_tile or threads, such as 32 and 128"
@@ -50,7 +50,7 @@ class Tile:
 def along(extent: int, vector: int, lanes: int, copies: int) -> str:
     """The layout of a vector: vectors of some elements on so many lanes beside one another, and copies of it all."""
     lane, at = _column("j", vector, lanes)
-    return _fragment((extent,), "j", f"rep * {lanes} + {lane}", at, copies)
+    return _fragment((extent,), "j", f"rep * {lanes} + {lane}" if copies > 1 else lane, at, copies)
 
 
 def _column(j: str, vector: int, lanes: int) -> tuple[str, str]:
@@ -58,8 +58,8 @@ def _column(j: str, vector: int, lanes: int) -> tuple[str, str]:
     return f"{j} // {vector} % {lanes}", f"{j} // {vector * lanes} * {vector} + {j} % {vector}"
 
 
-def _fragment(shape: tuple[int, ...], names: str, thread: str, index: str, copies: int = 0) -> str:
-    """A layout in TileLang's terms; with copies, `thread` holds the one numbered `rep`."""
-    copied = (", rep", f", replicate={copies}") if copies else ("", "")
+def _fragment(shape: tuple[int, ...], names: str, thread: str, index: str, copies: int = 1) -> str:
+    """A layout in TileLang's terms; of several copies, `thread` holds the one numbered `rep`."""
+    copied = (", rep", f", replicate={copies}") if copies > 1 else ("", "")
     holder = f"lambda {names}{copied[0]}: {thread}{copied[1]}"
     return f"T.Fragment({shape}, None, {holder}, forward_index_fn=lambda {names}: {index})"

@@ -6,6 +6,7 @@ from kdagen import zoo
 from kdagen.errors import ScheduleError, TargetError
 from kdagen.pipeline import compile_decode, compile_op
 from kdagen.schedule import Schedule
+from kdagen.state import StateType
 
 CASES = [
     ({"head_dim": 96}, r"head_dim \(96, 96\) has no kernels: expected K and V among"),
@@ -36,6 +37,10 @@ def test_choices_that_do_not_fit(choices, message):
         ({"head_dim": 96}, r"head_dim \(96, 96\) has no kernels: expected K and V among"),
         ({"schedule": {"v_tile": 96}}, "v_tile 96 does not divide V = 128: expected 16, 32 or 64"),
         ({"schedule": {"threads": 96}}, "96 threads cannot share a tile of the state of 128 x 32 as float32"),
+        (
+            {"schedule": {"threads": 16}, "state": StateType("VK")},
+            "16 threads cannot share a tile of the state of 32 x 128",
+        ),
         ({"schedule": {"v_tile": 2}}, "128 threads cannot share a tile of the state of 128 x 2 as float32"),
         ({"schedule": {"chunk_size": 16}}, "unknown schedule field chunk_size: expected some of skeleton, threads"),
         ({"schedule": Schedule()}, "a Schedule is no choice here: expected a DecodeSchedule"),
