@@ -85,7 +85,7 @@ class Shapes:
         because = ", ".join(f"{d} = {sizes[d]} is set by {self.setters[d]}" for _, d in wrong)
         text = f"{self.op}: {name} has shape {list(shape)}, expected {brackets(dims)} = {expected}: {because}"
         (axis, dim), size = wrong[0], shape[wrong[0][0]]
-        if len(wrong) == 1 and dim in ("H", "HV") and self.setters[dim] != name and "N" not in dims:
+        if len(wrong) == 1 and dim in ("H", "HV") and name not in STATES and name != "d_out":
             few, many, which = (size, sizes[dim], name) if size < sizes[dim] else (sizes[dim], size, self.setters[dim])
             if few > 0 and many % few == 0:
                 text += f". For grouped heads pass {which}.repeat_interleave({many // few}, dim={axis})"

@@ -96,11 +96,11 @@ def test_gradients_in_batches(op, given):
 COTANGENTS = {
     "shape": (
         {"d_out": torch.zeros(2, 10, 2, 4, dtype=torch.float64)},
-        "gla: d_out has shape [2, 10, 2, 4], expected [B, T, H, V] = [2, 10, 2, 3]: V = 3 is set by v",
+        "gla: d_out has shape [2, 10, 2, 4], expected [B, T, HV, V] = [2, 10, 2, 3]: V = 3 is set by v",
     ),
     "heads": (
         {"d_out": torch.zeros(2, 10, 1, 3, dtype=torch.float64)},
-        "gla: d_out has shape [2, 10, 1, 3], expected [B, T, H, V] = [2, 10, 2, 3]: H = 2 is set by q",
+        "gla: d_out has shape [2, 10, 1, 3], expected [B, T, HV, V] = [2, 10, 2, 3]: HV = 2 is set by v",
     ),
     "dtype": (
         {"d_out": torch.zeros(2, 10, 2, 3)},
@@ -117,7 +117,7 @@ COTANGENTS = {
 def test_cotangents_given_to_the_torch_op(op, given, case):
     cotangents, message = COTANGENTS[case]
     with raises(ArgumentError, message):
-        op.backward_op(*given, None, [], *({"d_out": None, "d_final_state": None} | cotangents).values())
+        op.backward_op(*given, None, None, [], *({"d_out": None, "d_final_state": None} | cotangents).values())
 
 
 @pytest.mark.parametrize("choice", [{"keep": "outputs"}, {"training_schedule": {"keep": "outputs"}}])

@@ -36,14 +36,16 @@ def arguments(**changes) -> dict:
 @pytest.fixture
 def never_runs(monkeypatch):
     """Fails if the CPU backend is reached."""
-    from kdagen.runtime import cpu
+    from kdagen.runtime import cpu, cpu_decode
 
-    monkeypatch.setattr(cpu, "run", lambda *_, **__: pytest.fail("it ran"))
+    for backend in (cpu, cpu_decode):
+        monkeypatch.setattr(backend, "run", lambda *_, **__: pytest.fail("it ran"))
 
 
 # -- names and numbers of arguments
 
-TAKES = "kda takes q, k, v, g, beta (initial_state, output_final_state): "
+OPTIONS = "initial_state, output_final_state, cu_seqlens, states_every, check"
+TAKES = f"kda takes q, k, v, g, beta ({OPTIONS}): "
 BINDING = {
     "missing": ((1,), {"g": 1}, TAKES + "missing k, v, beta"),
     "twice": ((1, 2), {"q": 1, "v": 1, "g": 1, "beta": 1}, TAKES + "given twice: q"),
@@ -110,7 +112,7 @@ def test_sequences(case, never_runs):
 
 def test_a_sequence_of_which_one_is_missing(never_runs):
     v, s = torch.zeros(VALUE), torch.zeros(SCALAR)
-    takes = "deltaproduct takes q, k, v, beta, g (initial_state, output_final_state): missing k_2"
+    takes = f"deltaproduct takes q, k, v, beta, g ({OPTIONS}): missing k_2"
     with raises(ArgumentError, takes):
         kg.compile("deltaproduct")(torch.zeros(Q), k_1=torch.zeros(Q), v=[v, v], beta=[s, s], g=s)
 
@@ -118,37 +120,51 @@ def test_a_sequence_of_which_one_is_missing(never_runs):
 # -- shapes
 
 SHAPE = {
-    "rank": ({"beta": (B, T, H, 1)}, "kda: beta has shape [2, 10, 4, 1] of 4 dimensions, expected 3, [B, T, H]"),
+    "rank": ({"beta": (B, T, H, 1)}, "kda: beta has shape [2, 10, 4, 1] of 4 dimensions, expected 3, [B, T, HV]"),
     "K": (
         {"k": (B, T, H, 32)},
         "kda: k has shape [2, 10, 4, 32], expected [B, T, H, K] = [2, 10, 4, 64]: K = 64 is set by q",
     ),
     "B and T": (
         {"v": (1, 9, H, V)},
-        "kda: v has shape [1, 9, 4, 32], expected [B, T, H, V] = [2, 10, 4, 32]: B = 2 is set by q, T = 10 is set by q",
+        "kda: v has shape [1, 9, 4, 32], expected [B, T, HV, V] = [2, 10, 4, 32]: B = 2 is set by q, T = 10 is set by q",
     ),
-    "grouped": (
-        {"q": (B, T, 2, K), "k": (B, T, 2, K)},
-        "kda: v has shape [2, 10, 4, 32], expected [B, T, H, V] = [2, 10, 2, 32]: H = 2 is set by q. "
-        "For grouped heads pass q.repeat_interleave(2, dim=2)",
+    "keys of two kinds": (
+        {"k": (B, T, 2, K)},
+        "kda: k has shape [2, 10, 2, 64], expected [B, T, H, K] = [2, 10, 4, 64]: H = 4 is set by q. "
+        "For grouped heads pass k.repeat_interleave(2, dim=2)",
     ),
-    "grouped values": (
+    "values of two kinds": (
         {"v": (B, T, 1, V)},
-        "kda: v has shape [2, 10, 1, 32], expected [B, T, H, V] = [2, 10, 4, 32]: H = 4 is set by q. "
+        "kda: g has shape [2, 10, 4, 64], expected [B, T, HV, K] = [2, 10, 1, 64]: HV = 1 is set by v. "
         "For grouped heads pass v.repeat_interleave(4, dim=2)",
     ),
     "heads": (
-        {"v": (B, T, 3, V)},
-        "kda: v has shape [2, 10, 3, 32], expected [B, T, H, V] = [2, 10, 4, 32]: H = 4 is set by q",
+        {"beta": (B, T, 3)},
+        "kda: beta has shape [2, 10, 3], expected [B, T, HV] = [2, 10, 4]: HV = 4 is set by v",
+    ),
+    "no multiple": (
+        {"q": (B, T, 3, K), "k": (B, T, 3, K)},
+        "kda: v has 4 heads, q has 3: expected the number of value heads (HV) to be a multiple of that of key heads "
+        "(H), each of which serves HV // H of them",
+    ),
+    "no key heads": (
+        {"q": (B, T, 0, K), "k": (B, T, 0, K)},
+        "kda: v has 4 heads, q has 0: expected the number of value heads (HV) to be a multiple of that of key heads "
+        "(H), each of which serves HV // H of them",
     ),
     "state": (
-        {"initial_state": (B, H, V, K)},
-        "kda: initial_state has shape [2, 4, 32, 64], expected [B, H, K, V] = [2, 4, 64, 32]: "
-        "K = 64 is set by q, V = 32 is set by v",
+        {"initial_state": (B, H, K, K)},
+        "kda: initial_state has shape [2, 4, 64, 64], expected [N, HV, K, V] = [2, 4, 64, 32]: V = 32 is set by v",
+    ),
+    "states": (
+        {"initial_state": (3, H, K, V)},
+        "kda: initial_state has shape [3, 4, 64, 32], expected [N, HV, K, V] = [2, 4, 64, 32]: "
+        "N = 2 is set by q (N = B without cu_seqlens)",
     ),
     "state's rank": (
         {"initial_state": (H, K, V)},
-        "kda: initial_state has shape [4, 64, 32] of 3 dimensions, expected 4, [B, H, K, V]",
+        "kda: initial_state has shape [4, 64, 32] of 3 dimensions, expected 4, [N, HV, K, V]",
     ),
 }
 
@@ -169,7 +185,7 @@ def test_shapes_are_checked_when_torch_compiles_too():
 
 def test_the_torch_op_checks_by_itself(never_runs):
     torch_op = kg.compile("kda").torch_op
-    with raises(ArgumentError, "kda: g has shape [2, 10, 4] of 3 dimensions, expected 4, [B, T, H, K]"):
+    with raises(ArgumentError, "kda: g has shape [2, 10, 4] of 3 dimensions, expected 4, [B, T, HV, K]"):
         torch_op(*arguments(g=SCALAR).values())
 
 
@@ -265,8 +281,8 @@ def test_an_argument_with_a_name_that_every_op_takes():
         S = S + kg.outer(k, initial_state * v)
         return S, S.T @ q
 
-    message = "every op takes initial_state and output_final_state already: rename initial_state"
-    with raises(RecurrenceError, f"recurrence 'plain': {message}"):
+    message = "recurrence 'plain': every op has an option initial_state: rename this argument"
+    with raises(RecurrenceError, message):
         kg.compile(plain)
 
 

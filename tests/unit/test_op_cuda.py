@@ -45,8 +45,7 @@ def launches(monkeypatch):
     def run(self, function, arguments):
         calls.append((self.folder, arguments))
 
-    functions = {"gla_prepare": None, "gla_scan": None}
-    monkeypatch.setattr(loader.LoadedOp, "functions", lambda self: functions)
+    monkeypatch.setattr(loader.LoadedOp, "functions", lambda self: {k["name"]: None for k in self.plan["kernels"]})
     monkeypatch.setattr(loader.LoadedOp, "_run", run)
     return calls
 
@@ -70,18 +69,24 @@ def call(op, given, **options):
     return op._cuda(*given, **options)
 
 
+def shares(x, y) -> bool:
+    """Whether a kernel was given the memory of an argument."""
+    return isinstance(x, torch.Tensor) and x.untyped_storage() is y.untyped_storage()
+
+
 def test_kernels_of_the_build_folder_are_launched(machine, launches, caplog):
     place = packages.write(machine / "kdagen_ops", source(), machine)
     op = fresh()
     with caplog.at_level(logging.INFO, logger="kdagen"), FakeTensorMode():
         given = fake()
         state = torch.empty(2, 3, *DIMS, device="cuda")
-        o, final = call(op, given, initial_state=state, output_final_state=True)
+        o, final, states = call(op, given, initial_state=state, output_final_state=True)
         call(op, given)
     assert (tuple(o.shape), o.dtype, o.device.type) == ((2, 37, 3, 64), torch.bfloat16, "cuda")
     assert (tuple(final.shape), final.dtype) == ((2, 3, 64, 64), torch.float32)
-    assert len(launches) == 4 and {folder.resolve() for folder, _ in launches} == {place}
-    assert any(t is state for t in launches[1][1]) and any(t is given[2] for t in launches[1][1])
+    assert states.numel() == 0
+    assert len(launches) == 6 and {folder.resolve() for folder, _ in launches} == {place}
+    assert any(t is state for t in launches[2][1]) and any(shares(t, given[2]) for t in launches[2][1])
     relative = place.relative_to(machine)
     assert caplog.messages == [f"gla: bfloat16 tensors on cuda:0: kernels in {relative}"]
     assert op.last == caplog.messages[0].removeprefix("gla: ")
@@ -90,7 +95,7 @@ def test_kernels_of_the_build_folder_are_launched(machine, launches, caplog):
 def test_a_state_that_is_not_asked_for_is_empty(machine, launches):
     packages.write(machine / "kdagen_ops", source(), machine)
     with FakeTensorMode():
-        _, final = call(fresh(), fake())
+        _, final, _ = call(fresh(), fake())
     assert tuple(final.shape) == (0,)
 
 
@@ -98,7 +103,7 @@ def test_a_state_that_is_not_asked_for_is_empty(machine, launches):
 def test_without_tokens_or_sequences_nothing_is_launched(machine, launches, shape):
     packages.write(machine / "kdagen_ops", source(), machine)
     with FakeTensorMode():
-        o, final = call(fresh(), fake(shape), output_final_state=True)
+        o, final, _ = call(fresh(), fake(shape), output_final_state=True)
     assert tuple(o.shape) == (*shape, 64) and tuple(final.shape) == (shape[0], 3, *DIMS)
     assert launches == []
 
@@ -111,7 +116,7 @@ def test_tensors_that_are_not_contiguous_are_copied_and_that_is_logged_once(mach
     with caplog.at_level(logging.DEBUG, logger="kdagen"):
         call(op, [q, k, v, g])
         call(op, [q, k, v, g])
-    assert all(t.is_contiguous() for _, tensors in launches for t in tensors)
+    assert all(t.is_contiguous() for _, tensors in launches for t in tensors if isinstance(t, torch.Tensor))
     assert caplog.messages.count("gla: q is not contiguous and is copied at each call") == 1
 
 

@@ -56,14 +56,14 @@ def test_it_is_a_torch_op(built):
 def test_on_a_gpu_it_launches_the_kernels_for_that_gpu(built, monkeypatch):
     calls = []
     monkeypatch.setattr(ops, "_capability", lambda device: "8.0")
-    names = ("deltaproduct_prepare", "deltaproduct_scan")
+    names = ("deltaproduct_index", "deltaproduct_prepare", "deltaproduct_scan")
     monkeypatch.setattr(loader.LoadedOp, "functions", lambda self: dict.fromkeys(names))
     monkeypatch.setattr(loader.LoadedOp, "_run", lambda self, function, arguments: calls.append(self.folder.name))
     with FakeTensorMode():
         drawn = kg.zoo.sample(canonical(kg.load("deltaproduct")), (*SHAPE[:3], 64, 64)).values()
-        o, _ = built.load()._cuda(*(torch.empty(x.shape, dtype=torch.bfloat16, device="cuda") for x in drawn))
+        o, *_ = built.load()._cuda(*(torch.empty(x.shape, dtype=torch.bfloat16, device="cuda") for x in drawn))
     assert tuple(o.shape) == (2, 37, 3, 64)
-    assert calls == ["sm80-bf16-64x64"] * 2
+    assert calls == ["sm80-bf16-64x64"] * 3
 
 
 def test_explain_lists_every_folder(built):

@@ -21,7 +21,8 @@ from kdagen.runtime.package import BuiltOp
 
 NAME, DIMS, SHAPE = "kda_softplus", (64, 64), (2, 70, 3)
 KEPT = {"inputs": [], "states": ["S_w"], "all": ["keys_w", "mix32_w", "gamma_w", "S_w"]}
-CHUNKS = 3  # of 32 tokens, in 70
+SLOTS = 140 // 32 + 2  # of chunks of 32 tokens, in 2 sequences of 70
+GIVEN_ROLES = ("argument", "initial_state", "cu_seqlens", "d_out", "d_final_state")
 GIVEN = ["q", "k", "v", "g", "beta", "A_log", "dt_bias"]
 
 
@@ -49,7 +50,7 @@ def launches(monkeypatch):
             given = dict(zip(self.kernel["params"], tensors, strict=True))
             calls.append((self.kernel["name"].removeprefix(f"{NAME}_"), given))
             for name, x in given.items():
-                if self.plan[name]["role"] not in ("argument", "initial_state", "d_out", "d_final_state"):
+                if self.plan[name]["role"] not in (*GIVEN_ROLES, "scalar"):
                     x.fill_(1)
 
     def functions(self):
@@ -78,6 +79,11 @@ def forward(op, given, *options):
     return op.training.forward.cuda(*given.values(), *options)
 
 
+def shares(x, y) -> bool:
+    """Whether a kernel was given the memory of an argument."""
+    return isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
 def backward(op, given, *rest):
     return dict(zip((*given, "initial_state"), op.training.backward.cuda(*given.values(), *rest)))
 
@@ -90,7 +96,7 @@ def test_the_forward_pass_is_launched_and_what_the_plan_keeps_is_kept(machine, l
     built(machine, keep)
     op, given = fresh(keep=keep), inputs()
     o, state, kept = forward(op, given, torch.zeros(2, 3, *DIMS), True)
-    assert [name for name, _ in launches] == ["prepare", "scan"]
+    assert [name for name, _ in launches] == ["index", "prepare", "scan"]
     assert (tuple(o.shape), o.dtype) == ((*SHAPE, 64), torch.bfloat16)
     assert (tuple(state.shape), state.dtype) == ((2, 3, *DIMS), torch.float32)
     made = {name: x for _, tensors in launches for name, x in tensors.items()}
@@ -105,24 +111,24 @@ def test_the_backward_pass_is_given_arguments_what_was_kept_and_cotangents(machi
     o, state, kept = forward(op, given, torch.ones(2, 3, *DIMS), True)
     launches.clear()
     d_out, d_state = torch.ones_like(o), torch.ones_like(state)
-    backward(op, given, torch.ones(2, 3, *DIMS), kept, d_out, d_state)
+    backward(op, given, torch.ones(2, 3, *DIMS), None, kept, d_out, d_state)
     first = {"inputs": ["prepare", "replay"], "states": ["prepare"], "all": []}[keep]
-    assert [name for name, _ in launches] == [*first, "reverse", "gradients"]
+    assert [name for name, _ in launches] == ["index", *first, "reverse", "gradients"]
     made = {name: x for _, tensors in launches for name, x in tensors.items()}
     assert all(made[name] is x for name, x in zip(KEPT[keep], kept))
-    assert made["d_o_in"] is d_out and made["d_final_state"] is d_state
-    assert any(x is given["q"] for _, tensors in launches for x in tensors.values())
+    assert shares(made["d_o_in"], d_out) and made["d_final_state"] is d_state
+    assert any(shares(x, given["q"]) for _, tensors in launches for x in tensors.values())
 
 
 def test_gradients_have_the_shapes_and_dtypes_of_arguments_and_parts_are_added_up(machine, launches):
     built(machine)
     op, given = fresh(), inputs()
     o, _, kept = forward(op, given)
-    found = backward(op, given, None, kept, torch.ones_like(o), None)
+    found = backward(op, given, None, None, kept, torch.ones_like(o), None)
     initial = found.pop("initial_state")
     assert (tuple(initial.shape), initial.dtype) == ((2, 3, *DIMS), torch.float32)
     for name, x in found.items():
-        parts = 1 if name in GIVEN[:5] else 2 * CHUNKS  # of a parameter: one a chunk of each sequence
+        parts = 1 if name in GIVEN[:5] else SLOTS  # of a parameter: one a chunk
         assert torch.equal(x, torch.full_like(given[name], parts))
 
 
@@ -131,10 +137,10 @@ def test_cotangents_that_are_not_given_are_zero(machine, launches):
     op, given = fresh(), inputs()
     o, state, kept = forward(op, given, None, True)
     launches.clear()
-    backward(op, given, None, kept, None, torch.ones_like(state))
-    backward(op, given, None, kept, torch.ones_like(o), None)
-    made = [{name: x for _, tensors in part for name, x in tensors.items()} for part in (launches[:3], launches[3:])]
-    assert tuple(made[0]["d_o_in"].shape) == (*SHAPE, 64) and not made[0]["d_o_in"].any()
+    backward(op, given, None, None, kept, None, torch.ones_like(state))
+    backward(op, given, None, None, kept, torch.ones_like(o), None)
+    made = [{name: x for _, tensors in part for name, x in tensors.items()} for part in (launches[:4], launches[4:])]
+    assert tuple(made[0]["d_o_in"].shape) == (140, 3, 64) and not made[0]["d_o_in"].any()
     assert tuple(made[1]["d_final_state"].shape) == (2, 3, *DIMS) and not made[1]["d_final_state"].any()
     assert made[1]["d_final_state"].dtype == torch.float32
 
@@ -144,8 +150,9 @@ def test_expanded_and_turned_gradients_are_copied(machine, launches):
     op, given = fresh(), inputs()
     o, state, kept = forward(op, given, None, True)
     launches.clear()
-    backward(op, given, None, kept, o.new_ones(()).expand(o.shape), torch.ones_like(state).mT)
-    assert all(x.is_contiguous() for _, tensors in launches for x in tensors.values())
+    backward(op, given, None, None, kept, o.new_ones(()).expand(o.shape), torch.ones_like(state).mT)
+    given = [x for _, tensors in launches for x in tensors.values()]
+    assert all(x.is_contiguous() for x in given if isinstance(x, torch.Tensor))
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 3), (0, 70, 3)])
@@ -154,9 +161,9 @@ def test_without_tokens_or_sequences_nothing_is_launched(machine, launches, shap
     op, given = fresh(), inputs(shape)
     state = torch.ones(shape[0], 3, *DIMS)
     o, final, kept = forward(op, given, state, True)
-    found = backward(op, given, state, kept, o, 2 * state)
+    found = backward(op, given, state, None, kept, o, 2 * state)
     assert launches == [] and tuple(o.shape) == (*shape, 64) and torch.equal(final, state) and final is not state
-    assert [tuple(x.shape) for x in kept] == [(shape[0], 3, CHUNKS if shape[1] else 0, 64, 64)]
+    assert [tuple(x.shape) for x in kept] == [(3, shape[0], 64, 64)]  # room for a chunk of each sequence
     assert torch.equal(found.pop("initial_state"), 2 * state)
     assert all(x.shape == given[n].shape and not x.any() for n, x in found.items())
 
@@ -169,11 +176,11 @@ def test_fake_tensors_give_what_a_launch_gives(machine, launches, keep):
     built(machine, keep)
     op, given = fresh(keep=keep), inputs()
     o, state, kept = forward(op, given, None, True)
-    real = [o, state, *kept], [*backward(op, given, None, kept, o, state).values()]
+    real = [o, state, *kept], [*backward(op, given, None, None, kept, o, state).values()]
     with FakeTensorMode():
         given = inputs(device="cuda")
         o, state, kept = op.training_op(*given.values(), None, True)
-        fake = [o, state, *kept], op.backward_op(*given.values(), None, kept, o, state)
+        fake = [o, state, *kept], op.backward_op(*given.values(), None, None, kept, o, state)
     for found, right in zip(fake, real):
         assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in right]
         assert {x.device.type for x in found} == {"cuda"}
@@ -183,7 +190,7 @@ def test_shapes_are_known_before_any_kernel_is_built(machine, monkeypatch):
     monkeypatch.setattr(builder, "build_cached", lambda source: pytest.fail("it was built"))
     with FakeTensorMode():
         _, _, (states,) = fresh().training_op(*inputs(device="cuda").values())
-    assert (tuple(states.shape), states.dtype) == ((2, 3, CHUNKS, 64, 64), torch.bfloat16)
+    assert (tuple(states.shape), states.dtype) == ((3, SLOTS, 64, 64), torch.bfloat16)
 
 
 # -- where kernels come from
@@ -199,7 +206,7 @@ def test_missing_kernels_are_built_just_in_time_once(machine, launches, monkeypa
     monkeypatch.setattr(builder, "build_cached", build_cached)
     op, given = fresh(keep="all", training_schedule={"segment": 4}), inputs()
     o, _, kept = forward(op, given)
-    backward(op, given, None, kept, o, None)
+    backward(op, given, None, None, kept, o, None)
     assert made == [compile_training(kg.load(NAME), DIMS, schedule={"keep": "all", "segment": 4})]
 
 
@@ -208,7 +215,7 @@ def test_an_op_of_a_package_trains_as_its_kernels_were_built(machine, launches):
     packages.write(machine / "made_ops", compile_op(kg.load(NAME), DIMS), machine)
     op, given = BuiltOp(machine / "made_ops" / NAME).load(), inputs()
     *_, kept = forward(op, given)
-    assert [name for name, _ in launches] == ["prepare", "scan"] and len(kept) == 4
+    assert [name for name, _ in launches] == ["index", "prepare", "scan"] and len(kept) == 4
     launches.clear()
     op._cuda(*given.values())
     assert "S_w" not in {name for _, tensors in launches for name in tensors}
