@@ -94,6 +94,12 @@ def describe_trained(plan: dict) -> list[tuple[str, str]]:
     return [("  in training", f"{plan['target']}, keep='{plan['schedule']['keep']}'")]
 
 
+def describe_decoding(plan: dict) -> list[tuple[str, str]]:
+    """The same of its kernel that decodes."""
+    schedule = ", ".join(f"{field} {value}" for field, value in plan["schedule"].items())
+    return [("  in decoding", f"{plan['target']}, {schedule}")]
+
+
 def _reason(plan: dict, decay: str, chunk: int) -> str:
     """Why the decays are kept finite in this way, where it is the compiler's own choice."""
     if not plan.get("recurrence"):

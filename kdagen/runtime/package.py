@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kdagen.errors import ArgumentError, ArtefactError, KdagenError
+from kdagen.purposes import PURPOSES
 from kdagen.runtime import manifest as manifests
 from kdagen.runtime.checks import short
 from kdagen.runtime.loader import LoadedOp, load_op
@@ -152,13 +153,17 @@ class BuiltOp:
         return found[0] if found else self.fitting(tensors, "unknown", purpose)
 
     def describe(self) -> list[tuple[str, str]]:
-        """Rows of `explain`: each folder of kernels."""
+        """Rows of `explain`: each folder of kernels, those of inference first."""
         from kdagen.runtime import explain
 
+        how = {
+            "inference": explain.describe_plan,
+            "training": explain.describe_trained,
+            "decode": explain.describe_decoding,
+        }
         rows = []
-        for variant in self.variants:
-            rows += explain.describe_trained(variant.plan) if variant.training else explain.describe_plan(variant.plan)
-            rows += explain.describe_kernels(variant.folder, "this package")
+        for variant in sorted(self.variants, key=lambda v: PURPOSES.index(v.purpose)):
+            rows += how[variant.purpose](variant.plan) + explain.describe_kernels(variant.folder, "this package")
         return rows
 
     def explain(self) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import threading
 
+import packages
 import pytest
 import torch
 import toy
@@ -422,6 +423,19 @@ def test_types_of_states_are_ops_of_their_own(tmp_path):
     )
     with pytest.raises(ArgumentError, match=missing):
         op.with_state("KV", "bfloat16").variants  # noqa: B018 (the property reads the folder)
+
+
+def test_a_package_tells_what_each_folder_is_for(tmp_path):
+    training = dataclasses.replace(toy_training.toy(), schedule={**toy_training.toy().schedule, "keep": "all"})
+    for source in (toy_decode.toy(), training, toy.toy()):
+        packages.write(tmp_path / "made", source, tmp_path)
+    rows = BuiltOp(tmp_path / "made" / "toy").describe()
+    labels = [(label, text) for label, text in rows if label.strip() in ("CUDA tensors", "in training", "in decoding")]
+    assert labels == [
+        ("CUDA tensors", "kernels for sm90 (H100, H200), bfloat16, K = 64, V = 64"),
+        ("  in training", "sm90, keep='all'"),
+        ("  in decoding", "sm90, v_tile 64"),
+    ]
 
 
 def test_a_package_of_one_type_of_states_is_of_that_type(tmp_path):
