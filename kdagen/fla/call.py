@@ -7,12 +7,16 @@ is of FLA's type too: a CallError is the ValueError or the AssertionError that c
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import operator
+import types
 import warnings
 from dataclasses import dataclass
 
 from kdagen.errors import ArgumentError
 
+OPS = types.SimpleNamespace()  # all ops by name: torch's compiler guards an attribute, not what a function returned
 log = logging.getLogger("kdagen")
 
 
@@ -40,8 +44,8 @@ class Call:
     token_by_token: bool = False  # the decode kernel, where no gradient is wanted
     reverse: bool = False  # from the last token to the first
 
-    def run(self, recurrence, tensors: dict) -> tuple:
-        """Output, in q's dtype, and final state of a recurrence."""
+    def run(self, recurrence: tuple, tensors: dict) -> tuple:
+        """Output, in q's dtype, and final state of a recurrence, given by what makes it: (module:function, choices)."""
         op, given, state = self._prepared(recurrence, tensors)
         run = op.recurrent if self.token_by_token and not wants_gradient(*given, state) else op
         cu_seqlens = self.cu_seqlens
@@ -54,7 +58,7 @@ class Call:
             o, final = o.flip(1), final if cu_seqlens is None or final is None else final.flip(0)
         return o.to(tensors["q"].dtype), final
 
-    def run_with_states(self, recurrence, tensors: dict, chunk_size: int, cu_seqlens_cpu=None) -> tuple:
+    def run_with_states(self, recurrence: tuple, tensors: dict, chunk_size: int, cu_seqlens_cpu=None) -> tuple:
         """Output, final state, and the states before each chunk of each sequence [B, chunks, HV, ...] in k's dtype."""
         import torch
 
@@ -72,7 +76,7 @@ class Call:
             before = torch.cat([first, after[0]])[_rows(ends, chunk_size)].unsqueeze(0)
         return o.to(tensors["q"].dtype), final, before.to(tensors["k"].dtype)
 
-    def _prepared(self, recurrence, tensors: dict) -> tuple:
+    def _prepared(self, recurrence: tuple, tensors: dict) -> tuple:
         """The op, its arguments in its order, and the initial state in its dtype."""
         import torch
 
@@ -81,40 +85,69 @@ class Call:
         dtype = v.dtype if v.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         keep = "all" if self.disable_recompute else "states"
         layout = "VK" if self.state_v_first else "KV"
-        op = compiled(recurrence, (tensors["k"].shape[-1], v.shape[-1]), dtype, gates, keep, layout)
+        dims = operator.index(tensors["k"].shape[-1]), operator.index(v.shape[-1])
+        op = getattr(OPS, compiled(recurrence, dims, dtype, gates, keep, layout))
         state = self.initial_state
         if state is not None:
             state = state.to(torch.promote_types(v.dtype, torch.float32))
         return op, [tensors[name] for name in op.signature.tensors], state
 
 
+def traced(function):
+    """torch's compiler calls it while it traces, with plain numbers, and takes what it returns as it is.
+
+    That is what torch.compiler.assume_constant_result marks; calling that would import the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@traced
+def compiled(recurrence: tuple, head_dim: tuple[int, int], dtype, gate_dtype, keep: str, layout: str) -> str:
+    """The name, in OPS, of a recurrence's op; each combination is compiled once."""
+    return _compiled(recurrence, head_dim, dtype, gate_dtype, keep, layout)
+
+
 @functools.cache
-def compiled(recurrence, head_dim: tuple[int, int], dtype, gate_dtype, keep: str, layout: str):
-    """The op of a recurrence; each combination is compiled once."""
+def _compiled(recurrence: tuple, head_dim, dtype, gate_dtype, keep, layout):
     import kdagen
 
-    return kdagen.compile(
-        recurrence, head_dim=head_dim, dtype=dtype, gate_dtype=gate_dtype, keep=keep, state_layout=layout
-    )
+    options = {"head_dim": head_dim, "dtype": dtype, "gate_dtype": gate_dtype, "keep": keep, "state_layout": layout}
+    op = kdagen.compile(made(recurrence), **options)
+    name = f"{op.name}_{id(op)}"  # ops are for good
+    setattr(OPS, name, op)
+    return name
+
+
+@traced
+def rates(recurrence: tuple) -> tuple[str, ...]:
+    """The arguments a token that kernels may take in float32 beside keys and values in half precision."""
+    return _rates(recurrence)
 
 
 @functools.cache
-def _rates(recurrence) -> tuple[str, ...]:
-    """The arguments a token that kernels may take in float32 beside keys and values in half precision."""
+def _rates(recurrence: tuple) -> tuple[str, ...]:
     from kdagen.derive.canonical import canonical
 
-    form = canonical(recurrence)
+    form = canonical(made(recurrence))
     return tuple(a.name for a in form.arguments if a.per_token and (not a.axis or a.name in form.gates))
 
 
-def _gates_alike(recurrence, tensors: dict) -> tuple[dict, object]:
+def made(recurrence: tuple):
+    """The recurrence itself: what `module:function` makes of the choices."""
+    where, *choices = recurrence
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)(*choices)
+
+
+def _gates_alike(recurrence: tuple, tensors: dict) -> tuple[dict, object]:
     """Gates and scalars in one dtype, as kernels take them: float32 if any is, beside values in half precision."""
     import torch
 
-    rates = {name: tensors[name] for name in _rates(recurrence)}
+    found = {name: tensors[name] for name in rates(recurrence)}
     half = tensors["v"].dtype in (torch.bfloat16, torch.float16)
-    if half and any(x.dtype != tensors["v"].dtype for x in rates.values()):
-        return tensors | {name: x.float() for name, x in rates.items()}, torch.float32
+    if half and any(x.dtype != tensors["v"].dtype for x in found.values()):
+        return tensors | {name: x.float() for name, x in found.items()}, torch.float32
     return tensors, None
 
 
@@ -157,7 +190,7 @@ def default_scale(q, scale: float | None) -> float:
     """K ** -0.5 unless given."""
     if q.ndim != 4:
         raise CallError(f"q has shape {list(q.shape)}: expected [B, T, H, K]")
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
 
 
 def heads(q, k, v) -> None:

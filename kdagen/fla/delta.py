@@ -17,8 +17,8 @@ from kdagen.fla.call import (
     rest,
     v_first,
 )
+from kdagen.fla.kda import VARIANT
 from kdagen.zoo.kda import RATES, softplus_gate
-from kdagen.zoo.kda import variant as kda
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def fused_recurrent_gated_delta_rule(
     if use_gate_in_kernel:
         raise NotServedError("gk beside a gate computed in the kernel is not served: compute the gate before, as g")
     g = gk if g is None else gk + g.unsqueeze(-1)
-    return call.run(kda(None, *choices), {"q": q, "k": k, "v": v, "g": g, "beta": beta})
+    return call.run((VARIANT, None, *choices), {"q": q, "k": k, "v": v, "g": g, "beta": beta})
 
 
 def _gated(call: Call, choices: tuple, q, k, v, g, beta, gated: bool, A_log, dt_bias) -> tuple:
@@ -130,7 +130,9 @@ def _gated(call: Call, choices: tuple, q, k, v, g, beta, gated: bool, A_log, dt_
         tensors["dt_bias"] = parameter("dt_bias", dt_bias, q, v.shape[2])
     if g is not None:
         tensors["g"] = g
-    return call.run(deltanet(*choices, None if g is None else "gate" if gated else "given"), tensors)
+    return call.run(
+        ("kdagen.fla.delta:deltanet", *choices, None if g is None else "gate" if gated else "given"), tensors
+    )
 
 
 def chunk_delta_rule(

@@ -50,7 +50,7 @@ def chunk_dplr_delta_rule(
         raise CallError(f"lower_bound = {lower_bound}: expected a negative one, as gk is a log decay")
     call = Call(initial_state, output_final_state, cu_seqlens, disable_recompute=disable_recompute)
     tensors = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": gk}
-    return call.run(dplr(default_scale(q, scale), lower_bound), tensors)
+    return call.run(("kdagen.fla.dplr:dplr", default_scale(q, scale), lower_bound), tensors)
 
 
 def fused_recurrent_dplr_delta_rule(
@@ -68,7 +68,9 @@ def fused_recurrent_dplr_delta_rule(
 ):
     """DPLR token by token, from the last to the first with reverse=True."""
     call = Call(initial_state, output_final_state, cu_seqlens, token_by_token=True, reverse=reverse)
-    return call.run(dplr(default_scale(q, scale)), {"q": q, "k": k, "v": v, "a": a, "b": b, "g": gk})
+    return call.run(
+        ("kdagen.fla.dplr:dplr", default_scale(q, scale)), {"q": q, "k": k, "v": v, "a": a, "b": b, "g": gk}
+    )
 
 
 def chunk_rwkv7(

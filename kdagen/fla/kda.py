@@ -14,8 +14,8 @@ from kdagen.fla.call import (
     rest,
     v_first,
 )
-from kdagen.zoo.kda import variant
 
+VARIANT = "kdagen.zoo.kda:variant"
 SAFE = -5.0  # what safe_gate promises of gates computed before
 
 
@@ -128,11 +128,11 @@ def fused_recurrent_kda(
     return call.run(recurrence, _tensors(q, k, v, g, beta, use_gate_in_kernel, A_log, dt_bias))
 
 
-def _recurrence(gated: bool, A_log, lower_bound: float | None, **choices):
+def _recurrence(gated: bool, A_log, lower_bound: float | None, rate, normalise: bool, scale: float) -> tuple:
     if gated and A_log is None and lower_bound is None:
         raise CallError("use_gate_in_kernel=True needs A_log (HV elements), unless there is a lower_bound")
     gate = None if not gated else "softplus" if lower_bound is None else "bounded"
-    return variant(gate, lower_bound=lower_bound, **choices)
+    return VARIANT, gate, rate, normalise, scale, lower_bound
 
 
 def _tensors(q, k, v, g, beta, gated: bool, A_log, dt_bias) -> dict:

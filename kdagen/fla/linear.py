@@ -7,6 +7,8 @@ import functools
 import kdagen as kg
 from kdagen.fla.call import Call, CallError, NotServedError, default_scale, in_float32, rest, v_first
 
+LINEAR = "kdagen.fla.linear:linear"
+
 
 @functools.cache
 def linear(scale: float, decay: str | None = None):
@@ -48,7 +50,7 @@ def chunk_gla(
     if not q.shape == k.shape == g.shape:
         raise CallError(f"q, k and g have shapes {[list(x.shape) for x in (q, k, g)]}: expected one, [B, T, H, K]")
     call = Call(initial_state, output_final_state, cu_seqlens, state_v_first)
-    return call.run(linear(default_scale(q, scale), "gk"), {"q": q, "k": k, "v": v, "g": g})
+    return call.run((LINEAR, default_scale(q, scale), "gk"), {"q": q, "k": k, "v": v, "g": g})
 
 
 def fused_recurrent_gla(
@@ -72,7 +74,7 @@ def fused_recurrent_gla(
         raise NotServedError("gv: decay of value channels is outside kdagen's family; expected gk alone")
     call = Call(initial_state, output_final_state, cu_seqlens, state_v_first, token_by_token=True, reverse=reverse)
     tensors = {"q": q, "k": k, "v": v} | ({} if gk is None else {"g": gk})
-    return call.run(linear(default_scale(q, scale), None if gk is None else "gk"), tensors)
+    return call.run((LINEAR, default_scale(q, scale), None if gk is None else "gk"), tensors)
 
 
 def chunk_simple_gla(
@@ -140,7 +142,7 @@ def _simple(call: Call, q, k, v, g, g_gamma, scale: float | None) -> tuple:
     elif g_gamma is not None:
         tensors["g_gamma"] = g_gamma.float()
     decay = "g" if g is not None else None if g_gamma is None else "gamma"
-    return call.run(linear(default_scale(q, scale), decay), tensors)
+    return call.run((LINEAR, default_scale(q, scale), decay), tensors)
 
 
 def chunk_retention(

@@ -6,7 +6,7 @@ The sum of keys is plain torch beside the op: it is a cumulative sum, which need
 from __future__ import annotations
 
 from kdagen.fla.call import Call, default_scale, reversed_call
-from kdagen.fla.linear import linear
+from kdagen.fla.linear import LINEAR
 
 
 def chunk_linear_attn(
@@ -60,7 +60,7 @@ def _linear(q, k, v, scale, initial_state, output_final_state, normalize, cu_seq
     state, keys = initial_state if normalize and isinstance(initial_state, tuple) else (initial_state, None)
     scale = default_scale(q, scale)
     call = Call(state, output_final_state, cu_seqlens, token_by_token=step, reverse=reverse)
-    o, final = call.run(linear(scale), {"q": q, "k": k, "v": v})
+    o, final = call.run((LINEAR, scale), {"q": q, "k": k, "v": v})
     if not normalize:
         return o, final
     given = [q, k]
