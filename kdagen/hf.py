@@ -16,18 +16,9 @@ _replaced: dict = {}
 
 
 def chunk_kimi_delta_attention(
-    query,
-    key,
-    value,
-    g,
-    beta,
-    chunk_size: int = 64,
-    initial_state=None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens=None,
-    **kwargs,
-):
+    query, key, value, g, beta, chunk_size: int = 64, initial_state=None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, cu_seqlens=None, **kwargs,
+):  # fmt: skip
     """Prefill and training: g is the log decay, beta a sigmoid already, states are [B, H, K, V]; options of models
     that mean nothing here are ignored, and so is chunk_size, which kdagen chooses."""
     from kdagen.fla.kda import chunk_kda
@@ -46,17 +37,9 @@ def chunk_kimi_delta_attention(
 
 
 def recurrent_kimi_delta_attention(
-    query,
-    key,
-    value,
-    g,
-    beta,
-    initial_state=None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens=None,
-    **kwargs,
-):
+    query, key, value, g, beta, initial_state=None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, cu_seqlens=None, **kwargs,
+):  # fmt: skip
     """Decoding, token by token; arguments as `chunk_kimi_delta_attention` has."""
     from kdagen.fla.kda import fused_recurrent_kda
 

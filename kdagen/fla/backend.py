@@ -22,29 +22,12 @@ TRAINING = 128 * 128  # the largest K x V of kernels that train
 
 
 def fused_recurrent_kda_fwd(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    A_log=None,
-    dt_bias=None,
-    initial_state=None,
-    scale: float | None = None,
-    output_final_state: bool = False,
-    inplace_final_state: bool = True,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    ssm_state_indices=None,
-    num_accepted_tokens=None,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    lower_bound: float | None = None,
-    out=None,
-    **kwargs,
-):
+    q, k, v, g, beta, A_log=None, dt_bias=None, initial_state=None, scale: float | None = None,
+    output_final_state: bool = False, inplace_final_state: bool = True, state_v_first: bool = False,
+    cu_seqlens=None, ssm_state_indices=None, num_accepted_tokens=None, use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False, use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False,
+    lower_bound: float | None = None, out=None, **kwargs,
+):  # fmt: skip
     """What FLA's `fused_recurrent_kda` calls below its checks (0.6); a pool of states is not served here."""
     o, final = kda.fused_recurrent_kda(
         q, k, v, g, beta, A_log, dt_bias, scale, initial_state, output_final_state or inplace_final_state,

@@ -45,24 +45,10 @@ def deltanet(rate=None, normalise=False, scale=1.0, decay=None):
 
 
 def chunk_gated_delta_rule(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    chunk_indices=None,
-    cp_context=None,
-    **kwargs,
-):
+    q, k, v, g, beta, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False,
+    state_v_first: bool = False, cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, cp_context=None, **kwargs,
+):  # fmt: skip
     """(o [B, T, HV, V], final state [N, HV, K, V] or None) of Gated DeltaNet.
 
     q and k [B, T, H, K]; v [B, T, HV, V]; g (log decay) and beta [B, T, HV]. Options as `chunk_kda` has; with
@@ -79,26 +65,11 @@ def chunk_gated_delta_rule(
 
 
 def fused_recurrent_gated_delta_rule(
-    q,
-    k,
-    v,
-    g=None,
-    gk=None,
-    gv=None,
-    beta=None,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log=None,
-    dt_bias=None,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    **kwargs,
-):
+    q, k, v, g=None, gk=None, gv=None, beta=None, scale: float | None = None, initial_state=None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
+    A_log=None, dt_bias=None, use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False,
+    state_v_first: bool = False, cu_seqlens=None, **kwargs,
+):  # fmt: skip
     """Token by token, with a decay a head (g), a channel (gk) [B, T, HV, K], both, or none; gv is refused."""
     state_v_first = v_first(state_v_first, kwargs)
     rest("fused_recurrent_gated_delta_rule", kwargs)
@@ -136,18 +107,9 @@ def _gated(call: Call, choices: tuple, q, k, v, g, beta, gated: bool, A_log, dt_
 
 
 def chunk_delta_rule(
-    q,
-    k,
-    v,
-    beta,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    **kwargs,
-):
+    q, k, v, beta, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, cu_seqlens=None, cu_seqlens_cpu=None, **kwargs,
+):  # fmt: skip
     """(o [B, T, H, V], final state [N, H, K, V] or None) of DeltaNet; beta [B, T, H]. Float32 is served too."""
     rest("chunk_delta_rule", kwargs, (16, 32, 64))
     choices = None, use_qk_l2norm_in_kernel, default_scale(q, scale)
@@ -157,16 +119,9 @@ def chunk_delta_rule(
 
 
 def fused_recurrent_delta_rule(
-    q,
-    k,
-    v,
-    beta=None,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens=None,
-):
+    q, k, v, beta=None, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, cu_seqlens=None,
+):  # fmt: skip
     """DeltaNet token by token; beta is 1 unless given."""
     if scale is not None and scale <= 0:
         raise CallError(f"scale = {scale}: expected a positive one")

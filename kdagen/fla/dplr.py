@@ -21,24 +21,10 @@ def dplr(scale: float, lower_bound: float | None = None):
 
 
 def chunk_dplr_delta_rule(
-    q,
-    k,
-    v,
-    a,
-    b,
-    gk,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    safe_gate: bool = False,
-    chunk_size: int | None = None,
-    disable_recompute: bool = False,
-    cp_context=None,
-    lower_bound: float | None = None,
-    **kwargs,
-):
+    q, k, v, a, b, gk, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    cu_seqlens=None, cu_seqlens_cpu=None, safe_gate: bool = False, chunk_size: int | None = None,
+    disable_recompute: bool = False, cp_context=None, lower_bound: float | None = None, **kwargs,
+):  # fmt: skip
     """(o [B, T, H, V], final state [N, H, K, V] or None) of DPLR.
 
     q, k, a, b and gk (log decay) [B, T, H, K]; v [B, T, H, V]. lower_bound is what the caller keeps gk above, in which
@@ -54,18 +40,9 @@ def chunk_dplr_delta_rule(
 
 
 def fused_recurrent_dplr_delta_rule(
-    q,
-    k,
-    v,
-    a,
-    b,
-    gk,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    cu_seqlens=None,
-):
+    q, k, v, a, b, gk, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    reverse: bool = False, cu_seqlens=None,
+):  # fmt: skip
     """DPLR token by token, from the last to the first with reverse=True."""
     call = Call(initial_state, output_final_state, cu_seqlens, token_by_token=True, reverse=reverse)
     return call.run(
@@ -74,23 +51,10 @@ def fused_recurrent_dplr_delta_rule(
 
 
 def chunk_rwkv7(
-    r,
-    w,
-    k,
-    v,
-    a,
-    b,
-    scale: float = 1.0,
-    initial_state=None,
-    output_final_state: bool = False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    safe_gate: bool = False,
-    chunk_size: int | None = None,
-    disable_recompute: bool = False,
-    cp_context=None,
-    lower_bound: float | None = None,
-):
+    r, w, k, v, a, b, scale: float = 1.0, initial_state=None, output_final_state: bool = False, cu_seqlens=None,
+    cu_seqlens_cpu=None, safe_gate: bool = False, chunk_size: int | None = None, disable_recompute: bool = False,
+    cp_context=None, lower_bound: float | None = None,
+):  # fmt: skip
     """RWKV-7: `chunk_dplr_delta_rule` with q = r and gk = w, the log decay."""
     return chunk_dplr_delta_rule(
         r,
@@ -113,17 +77,9 @@ def chunk_rwkv7(
 
 
 def fused_recurrent_rwkv7(
-    r,
-    w,
-    k,
-    v,
-    a,
-    b,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = True,
+    r, w, k, v, a, b, scale: float | None = None, initial_state=None, output_final_state: bool = True,
     cu_seqlens=None,
-):
+):  # fmt: skip
     """RWKV-7 token by token."""
     return fused_recurrent_dplr_delta_rule(
         r, k, v, a, b, w, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens
@@ -131,18 +87,9 @@ def fused_recurrent_rwkv7(
 
 
 def fused_mul_recurrent_rwkv7(
-    r,
-    w,
-    k,
-    v,
-    kk,
-    a,
-    scale: float | None = 1.0,
-    initial_state=None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    cu_seqlens=None,
-):
+    r, w, k, v, kk, a, scale: float | None = 1.0, initial_state=None, output_final_state: bool = False,
+    reverse: bool = False, cu_seqlens=None,
+):  # fmt: skip
     """RWKV-7 token by token from the removal key kk and the rate a: DPLR with a' = -kk, b = kk * a."""
     return fused_recurrent_dplr_delta_rule(
         r, k, v, -kk, kk * a, w, scale, initial_state, output_final_state, reverse, cu_seqlens

@@ -20,30 +20,13 @@ SAFE = -5.0  # what safe_gate promises of gates computed before
 
 
 def chunk_kda(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    safe_gate: bool = False,
-    lower_bound: float | None = None,
-    disable_recompute: bool = False,
-    return_intermediate_states: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    cp_context=None,
-    use_graph: bool = False,
-    max_num_seqs: int | None = None,
-    **kwargs,
-):
+    q, k, v, g, beta, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, safe_gate: bool = False,
+    lower_bound: float | None = None, disable_recompute: bool = False, return_intermediate_states: bool = False,
+    state_v_first: bool = False, cu_seqlens=None, cu_seqlens_cpu=None, cp_context=None, use_graph: bool = False,
+    max_num_seqs: int | None = None, **kwargs,
+):  # fmt: skip
     """(o [B, T, HV, V], final state [N, HV, K, V] or None), and the states before each chunk if asked for.
 
     Args:
@@ -93,25 +76,11 @@ def chunk_kda(
 
 
 def fused_recurrent_kda(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    A_log=None,
-    dt_bias=None,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    lower_bound: float | None = None,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    **kwargs,
-):
+    q, k, v, g, beta, A_log=None, dt_bias=None, scale: float | None = None, initial_state=None,
+    output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False, allow_neg_eigval: bool = False, lower_bound: float | None = None,
+    state_v_first: bool = False, cu_seqlens=None, **kwargs,
+):  # fmt: skip
     """KDA token by token; arguments as `chunk_kda` has. Where a gradient is wanted, `chunk_kda` in fact."""
     state_v_first = v_first(state_v_first, kwargs)
     rest("fused_recurrent_kda", kwargs)

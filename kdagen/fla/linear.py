@@ -34,17 +34,9 @@ def linear(scale: float, decay: str | None = None):
 
 
 def chunk_gla(
-    q,
-    k,
-    v,
-    g,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-):
+    q, k, v, g, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens=None, cu_seqlens_cpu=None,
+):  # fmt: skip
     """(o [B, T, H, V], final state [N, H, K, V] or None) of GLA; q, k and g (log decay) [B, T, H, K]."""
     in_float32(initial_state)
     if not q.shape == k.shape == g.shape:
@@ -54,19 +46,9 @@ def chunk_gla(
 
 
 def fused_recurrent_gla(
-    q,
-    k,
-    v,
-    gk=None,
-    gv=None,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    **kwargs,
-):
+    q, k, v, gk=None, gv=None, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    reverse: bool = False, state_v_first: bool = False, cu_seqlens=None, **kwargs,
+):  # fmt: skip
     """GLA token by token; gv is refused."""
     state_v_first = v_first(state_v_first, kwargs)
     rest("fused_recurrent_gla", kwargs)
@@ -78,19 +60,9 @@ def fused_recurrent_gla(
 
 
 def chunk_simple_gla(
-    q,
-    k,
-    v,
-    g=None,
-    g_gamma=None,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    cu_seqlens_cpu=None,
-    **kwargs,
-):
+    q, k, v, g=None, g_gamma=None, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens=None, cu_seqlens_cpu=None, **kwargs,
+):  # fmt: skip
     """Linear attention with a log decay a head: a token's (g [B, T, H]), a constant one (g_gamma [H]), both or none."""
     size = rest("chunk_simple_gla", kwargs)
     if size & (size - 1):
@@ -100,34 +72,17 @@ def chunk_simple_gla(
 
 
 def fused_chunk_simple_gla(
-    q,
-    k,
-    v,
-    g=None,
-    g_gamma=None,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
+    q, k, v, g=None, g_gamma=None, scale: float | None = None, initial_state=None, output_final_state: bool = False,
     cu_seqlens=None,
-):
+):  # fmt: skip
     """`chunk_simple_gla` under its other name."""
     return _simple(Call(initial_state, output_final_state, cu_seqlens), q, k, v, g, g_gamma, scale)
 
 
 def fused_recurrent_simple_gla(
-    q,
-    k,
-    v,
-    g=None,
-    g_gamma=None,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    **kwargs,
-):
+    q, k, v, g=None, g_gamma=None, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    reverse: bool = False, state_v_first: bool = False, cu_seqlens=None, **kwargs,
+):  # fmt: skip
     """`chunk_simple_gla` token by token, from the last to the first with reverse=True."""
     state_v_first = v_first(state_v_first, kwargs)
     rest("fused_recurrent_simple_gla", kwargs)
@@ -146,15 +101,9 @@ def _simple(call: Call, q, k, v, g, g_gamma, scale: float | None) -> tuple:
 
 
 def chunk_retention(
-    q,
-    k,
-    v,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    cu_seqlens=None,
+    q, k, v, scale: float | None = None, initial_state=None, output_final_state: bool = False, cu_seqlens=None,
     **kwargs,
-):
+):  # fmt: skip
     """RetNet: head h decays by 1 - 2 ** (-5 - h) a token."""
     return chunk_simple_gla(
         q, k, v, None, _retention(q), scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **kwargs
@@ -169,17 +118,9 @@ def fused_chunk_retention(
 
 
 def fused_recurrent_retention(
-    q,
-    k,
-    v,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens=None,
-    **kwargs,
-):
+    q, k, v, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    reverse: bool = False, state_v_first: bool = False, cu_seqlens=None, **kwargs,
+):  # fmt: skip
     """RetNet token by token, from the last to the first with reverse=True."""
     state_v_first = v_first(state_v_first, kwargs)
     return fused_recurrent_simple_gla(

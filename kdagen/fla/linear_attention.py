@@ -10,15 +10,9 @@ from kdagen.fla.linear import LINEAR
 
 
 def chunk_linear_attn(
-    q,
-    k,
-    v,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    normalize: bool = True,
-    cu_seqlens=None,
-):
+    q, k, v, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    normalize: bool = True, cu_seqlens=None,
+):  # fmt: skip
     """(o [B, T, H, V], final state) of linear attention, its state a pair if normalised.
 
     q and k [B, T, H, K]; v [B, T, H, V]. With normalize=True o is divided by q . (sum of keys), and states are
@@ -28,30 +22,17 @@ def chunk_linear_attn(
 
 
 def fused_chunk_linear_attn(
-    q,
-    k,
-    v,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    normalize: bool = True,
-    cu_seqlens=None,
-):
+    q, k, v, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    normalize: bool = True, cu_seqlens=None,
+):  # fmt: skip
     """`chunk_linear_attn` under its other name."""
     return _linear(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens)
 
 
 def fused_recurrent_linear_attn(
-    q,
-    k,
-    v,
-    scale: float | None = None,
-    initial_state=None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    normalize: bool = False,
-    cu_seqlens=None,
-):
+    q, k, v, scale: float | None = None, initial_state=None, output_final_state: bool = False,
+    reverse: bool = False, normalize: bool = False, cu_seqlens=None,
+):  # fmt: skip
     """Linear attention token by token, from the last to the first with reverse=True."""
     return _linear(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, True, reverse)
 
