@@ -22,6 +22,7 @@ pytestmark = pytest.mark.gpu
 NAMES = ("kda", "kda_softplus", "gated_deltanet", "dplr")
 BATCHES = (1, 2, 7, 32, 129, 256)
 SLOTS, HEADS = 11, 4
+POOL_ELEMENTS = 2**31 + 2**20
 WRONG = {
     "slots": {"state_indices": torch.tensor([-1, 11, 2**31 - 1, -(2**31)])},
     "slots of 64 bits": {"state_indices": torch.tensor([2**40, -(2**40), 2**32, 2**63 - 1])},
@@ -126,6 +127,21 @@ def test_speculation_starts_at_what_was_accepted_and_stores_a_state_a_token(name
                     assert float((found - states[s]).norm() / states[s].norm()) <= tolerance(kernels)
         untouched = [s for s in range(SLOTS) if s not in slots[:, :2].flatten().tolist()]
         assert same_bits(after[untouched].cpu(), pool[untouched])
+
+
+def test_a_pool_beyond_32_bits():
+    """Its last slots are as the first ones of a small pool."""
+    for kernels in decoding("kda"):
+        tensors, pool = drawn(kernels, (2, 1, HEADS), slots=2)
+        given = {n: x.to(DEVICE) for n, x in tensors.items()}
+        slots = POOL_ELEMENTS // pool[0].numel()
+        huge = torch.zeros(slots, *pool.shape[1:], dtype=pool.dtype, device=DEVICE)
+        huge[-2:] = pool.to(DEVICE)
+        last = torch.tensor([slots - 2, slots - 1], device=DEVICE)
+        made = kernels.launch({**given, "state_pool": huge, "state_indices": last}, "decode")
+        out, after = decode(kernels, tensors, pool)
+        assert same_bits(made[kernels.by_role["out"]], out) and same_bits(huge[-2:], after)
+        assert not huge[:-2].any()
 
 
 @pytest.mark.parametrize("name", NAMES)

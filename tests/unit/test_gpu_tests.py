@@ -119,6 +119,9 @@ def test_decoding(gpu_tests, monkeypatch):
     tests.test_null_slots_give_zero_and_touch_nothing("retnet", 1)
     tests.test_speculation_starts_at_what_was_accepted_and_stores_a_state_a_token("retnet")
     tests.test_replays_are_identical("linear_attention")
+    monkeypatch.setattr(tests, "decoding", lambda name: gpu_tests("built_ops").decoding("retnet"))
+    monkeypatch.setattr(tests, "POOL_ELEMENTS", 5 * 2 * 64 * 64)
+    tests.test_a_pool_beyond_32_bits()
     tests.test_a_graph_serves_all_slots("retnet")
 
 
