@@ -118,6 +118,7 @@ def test_a_call_that_fla_refuses(fla, name, given):
     assert isinstance(found, (kdagen.KdagenError, TypeError))
 
 
+@pytest.mark.filterwarnings("ignore:.*float32:RuntimeWarning")
 @pytest.mark.parametrize("name, given", NEWER)
 def test_a_call_that_newer_releases_refuse(fla, name, given):
     if fla.__version__ == "0.6.0":
