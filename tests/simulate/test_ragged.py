@@ -27,6 +27,11 @@ def training(name, arch="sm90", state=DEFAULT, **schedule):
     return compile_training(zoo.get(name), 64, arch=arch, schedule={"segment": 2} | schedule, state=state)
 
 
+def orders(arch):
+    """Random orders of warps to check; on sm80 all warps of a block have one role."""
+    return range(0 if arch == "sm80" else 1)
+
+
 def check(source, name, lengths=LENGTHS, padding=4, every=0, seeds=(), **choices):
     """Output, final states and states on the way; what is of no sequence is zero, to the bit."""
     batch = Batch(source, zoo.get(name), lengths, padding, **choices)
@@ -69,7 +74,7 @@ FORWARD = [  # name, arch, heads of values for each of keys, chunks from state t
 @pytest.mark.parametrize(("name", "arch", "group", "chunks", "state", "schedule"), FORWARD)
 def test_sequences_in_a_row(name, arch, group, chunks, state, schedule):
     source = inference(name, arch, state, chunk_size=16, **schedule)
-    check(source, name, group=group, every=16 * chunks, seeds=range(2))
+    check(source, name, group=group, every=16 * chunks, seeds=orders(arch))
 
 
 def test_sequences_with_full_resets():
@@ -126,7 +131,7 @@ BACKWARD = [
 @pytest.mark.parametrize(("name", "arch", "group", "state", "schedule"), BACKWARD)
 def test_gradients_of_sequences_in_a_row(name, arch, group, state, schedule):
     source = training(name, arch, state, chunk_size=16, **schedule)
-    check_training(source, name, (5, 0, 49, 1, 17), group=group, seeds=range(1))
+    check_training(source, name, (5, 0, 49, 1, 17), group=group, seeds=orders(arch))
 
 
 @pytest.mark.parametrize("lengths", [(0, 0, 35, 0), (0,) * 3 + (1,) * 20 + (0,) * 3])
