@@ -70,8 +70,12 @@ ROOTS = {sympy.Rational(1, 2): "sqrt", sympy.Rational(-1, 2): "rsqrt", sympy.Int
 def _functions() -> dict:
     import torch
 
+    # torch's own sigmoid and softplus give the last elements of a tensor other bits than the rest; these do not.
+    def rate(x, out=None):
+        return torch.reciprocal(torch.neg(x).exp_().add_(1), out=out)
+
     def plus(x, out=None):
-        return torch.logaddexp(x, x.new_zeros(()), out=out)
+        return torch.add(x.clamp_min(0), torch.abs(x).neg_().exp_().log1p_(), out=out)
 
     def step(x, at_zero, out=None):
         return torch.heaviside(x, at_zero.to(x.dtype), out=out)
@@ -92,7 +96,7 @@ def _functions() -> dict:
         sympy.Max: torch.maximum,
         sympy.Min: torch.minimum,
         sympy.Heaviside: step,
-        sigmoid: torch.sigmoid,
+        sigmoid: rate,
         softplus: plus,
         **{name: getattr(torch, name) for name in ROOTS.values()},
     }

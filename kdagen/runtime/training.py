@@ -68,9 +68,10 @@ class Training:
         if self.keep == Keep.INPUTS:
             return []
         ragged = None if call.cu_seqlens is None else call.sizes["N"]
-        chunks = cpu.kept_chunks(call.sizes["T"], ragged, len(self.op.program.canonical.solving))
+        batch, tokens = call.sizes["B"], call.sizes["T"]
+        chunks = cpu.kept_chunks(batch, tokens, ragged, len(self.op.program.canonical.solving))
         dtype = torch.promote_types(call.like.dtype, torch.float32)
-        return [call.like.new_empty(chunks, *(call.sizes[d] for d in ("B", "HV", "K", "V")), dtype=dtype)]
+        return [call.like.new_empty(chunks, 1, *(call.sizes[d] for d in ("HV", "K", "V")), dtype=dtype)]
 
     def _cuda(self, *given, **named):
         call = self.call(given, named)

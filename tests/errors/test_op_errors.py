@@ -127,7 +127,8 @@ SHAPE = {
     ),
     "B and T": (
         {"v": (1, 9, H, V)},
-        "kda: v has shape [1, 9, 4, 32], expected [B, T, HV, V] = [2, 10, 4, 32]: B = 2 is set by q, T = 10 is set by q",
+        "kda: v has shape [1, 9, 4, 32], expected [B, T, HV, V] = [2, 10, 4, 32]: "
+        "B = 2 is set by q, T = 10 is set by q",
     ),
     "keys of two kinds": (
         {"k": (B, T, 2, K)},

@@ -203,7 +203,7 @@ def test_inference_keeps_nothing():
 
 
 @pytest.mark.parametrize(
-    ("keep", "states"), [("inputs", []), ("states", [(2, 2, 2, 8, 6)]), ("all", [(2, 2, 2, 8, 6)])]
+    ("keep", "states"), [("inputs", []), ("states", [(4, 1, 2, 8, 6)]), ("all", [(4, 1, 2, 8, 6)])]
 )
 def test_what_is_kept_goes_through_saved_tensor_hooks(keep, states):
     given, saved = inputs(), []
