@@ -69,7 +69,8 @@ def default_training_schedule(
 
 
 def _training(canonical, dims, dtype, target, chunk: int, choices: dict) -> TrainingSchedule:
-    shared = {f: v for f, v in choices.items() if f in vars(Schedule())}
+    decay = decay_form(canonical, chunk, dtype, training=True)[0]
+    shared = {"decay": decay, **{f: v for f, v in choices.items() if f in vars(Schedule())}}
     forward = default_schedule(canonical, dims, dtype, target, **{**shared, "chunk_size": chunk})
     wide = target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128
     short = {"segment": 1, "gradient_threads": 64} if chunk == 16 else {}

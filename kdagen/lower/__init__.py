@@ -14,7 +14,7 @@ from kdagen.lower.rows import lower_index
 from kdagen.lower.scan import SPECIALISED, lower_output, lower_scan
 from kdagen.lower.warps import divides
 from kdagen.lower.workspace import Workspace
-from kdagen.schedule import DecayForm, Schedule
+from kdagen.schedule import DecayForm, Schedule, TrainingSchedule
 from kdagen.state import DEFAULT, StateType
 from kdagen.target import Target
 
@@ -114,7 +114,7 @@ def undivided(kernel: Kernel, target: Target) -> list[tuple[int, int]]:
 
 
 def _check_decay(canonical: Canonical, schedule: Schedule, dtype: str) -> None:
-    rows = factored_rows(canonical.decay_lower, dtype)
+    rows = factored_rows(canonical.decay_lower, dtype, isinstance(schedule, TrainingSchedule))
     if schedule.decay == DecayForm.FACTORED and schedule.chunk_size > rows:
         raise ScheduleError(
             f"decay 'factored' with chunk_size {schedule.chunk_size}: a gate bounded by {canonical.decay_lower:g} "

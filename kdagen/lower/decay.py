@@ -11,14 +11,19 @@ from kdagen.schedule import DecayForm
 EXPONENT_RANGE = {"bfloat16": 126, "float32": 126, "float16": 14}
 
 
-def factored_rows(decay_lower: float, dtype: str = "bfloat16") -> int:
-    """Rows of a chunk that one factored product covers: anchored in the middle, n/2 * |bound| * log2(e) < range."""
+def factored_rows(decay_lower: float, dtype: str = "bfloat16", training: bool = False) -> int:
+    """Rows of a chunk that one factored product covers: about the chunk's start, n * |bound| * log2(e) < range.
+
+    In training the factors meet cotangents, which may be large themselves: half of the range is left to these.
+    """
     if decay_lower in (0, -math.inf):
         return 1 << 30 if decay_lower == 0 else 0
-    return 2 * math.floor(EXPONENT_RANGE[dtype] / (abs(decay_lower) * math.log2(math.e)))
+    return math.floor(EXPONENT_RANGE[dtype] / (1 + training) / (abs(decay_lower) * math.log2(math.e)))
 
 
-def decay_form(canonical: Canonical, chunk_size: int, dtype: str = "bfloat16") -> tuple[DecayForm, str]:
+def decay_form(
+    canonical: Canonical, chunk_size: int, dtype: str = "bfloat16", training: bool = False
+) -> tuple[DecayForm, str]:
     """The decay form for chunks of `chunk_size` tokens, and the reason in a sentence."""
     if canonical.decay == 0:
         return DecayForm.NONE, "the state does not decay, so no exponent is formed"
@@ -27,11 +32,11 @@ def decay_form(canonical: Canonical, chunk_size: int, dtype: str = "bfloat16") -
             "one rate a head: the product is formed undecayed and multiplied by a C x C matrix of exp(sum g) <= 1"
         )
     lower = canonical.decay_lower
-    rows = factored_rows(lower, dtype)
+    rows = factored_rows(lower, dtype, training)
     if chunk_size <= rows:
         return DecayForm.FACTORED, (
-            f"the gate is bounded by {lower:g} a token: about an anchor row in the middle of the chunk, factors stay "
-            f"below 2^{EXPONENT_RANGE[dtype]} for up to {rows} rows, so one product covers {chunk_size}"
+            f"the gate is bounded by {lower:g} a token: about the chunk's start, factors stay below "
+            f"2^{EXPONENT_RANGE[dtype] // (1 + training)} for up to {rows} rows, so one product covers {chunk_size}"
         )
     why = (
         "the gate has no lower bound"

@@ -14,6 +14,8 @@ from kdagen.ir.tile import Copy, Gemm, Map
 from kdagen.lower.block import Access, Block, element, shifted
 from kdagen.schedule import DecayForm
 
+ABOUT_THE_START = "bounded gate: rows and columns about the chunk's start"
+
 
 @dataclass(frozen=True)
 class GramOperands:
@@ -143,11 +145,11 @@ def _factored(block: Block, o: GramOperands) -> None:
     _running_sums(block, o)
     row, col = anchored(o)
     scaled = block.fragment("level", *block.buffers[acc].shape) if o.own_before else acc
-    if o.own_before:  # about the anchor such an entry would be e^(-g_i), where it is not decayed at all
+    if o.own_before:  # by these factors such an entry would be e^(-g_i), where it is not decayed at all
         _diagonal(block, o, acc)
     block.add(
-        *fill(o, row, col, f"bounded gate: rows and columns about row {o.chunk // 2}"),
-        _product(block, o, scaled, "G_ij = sum_k (z_ik e^(gc_i - a)) (x_jk e^(a - gc_j))"),
+        *fill(o, row, col, ABOUT_THE_START),
+        _product(block, o, scaled, "G_ij = sum_k (z_ik e^gc_i) (x_jk e^-gc_j)"),
     )
     if o.own_before:
         entries = tuple(zip("ij", block.buffers[acc].shape))
@@ -157,10 +159,12 @@ def _factored(block: Block, o: GramOperands) -> None:
 
 
 def anchored(o: GramOperands) -> tuple[dict[bool, str], str]:
-    """Texts of the factors of rows (by whether the reader sees its own decay) and of columns about a fixed row."""
-    anchor = f"through_s[{o.chunk // 2}, j]"
-    row = {True: f"T.exp2(through_s[i, j] - {anchor})", False: f"T.exp2({before('i', 'j', o.chunk)} - {anchor})"}
-    return row, f"T.exp2({anchor} - through_s[i, j])"
+    """Texts of the factors of rows (by whether the reader sees its own decay) and of columns about the chunk's start.
+
+    No row in the middle would do, though it allowed twice as many: rows before it would feel later gates' rounding.
+    """
+    row = {True: "T.exp2(through_s[i, j])", False: f"T.exp2({before('i', 'j', o.chunk)})"}
+    return row, "T.exp2(-through_s[i, j])"
 
 
 def _tree(block: Block, o: GramOperands) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from kdagen.ir.tensor import Span
 from kdagen.ir.tile import Gemm, Map, RowSum
 from kdagen.lower.block import Access, Block, element, shifted
-from kdagen.lower.gram import GramOperands, anchored, before, doubled, fill
+from kdagen.lower.gram import ABOUT_THE_START, GramOperands, anchored, before, doubled, fill
 from kdagen.schedule import DecayForm
 
 TERMS = "bfloat16"  # dtype of the terms of a gate's cotangent, which no chunk scales: it needs the range of fp32
@@ -208,13 +208,13 @@ class GramAdjoint:
         return f"T.if_then_else({keep}, ({self.d_outs[r][s](row, 'j')}) * {gram}, 0.0)"
 
     def factored(self) -> None:
-        """Rows and columns scaled about the anchor, as in the forward. d_g[t] = sum over rows i >= t of u_i - w_i,
+        """Rows and columns scaled about the chunk's start, as in the forward.
 
-        where u_i = z_i d_z_i and w_i = x_i d_x_i: of a pair on one side of t both are the same terms, of the same
-        rounded operands, and cancel to fp32.
+        d_g[t] = sum over rows i >= t of u_i - w_i, where u_i = z_i d_z_i and w_i = x_i d_x_i: of a pair on one side of
+        t both are the same terms, of the same rounded operands, and cancel to fp32.
         """
         row, col = anchored(self.o)
-        self.fill(row, col, f"bounded gate: rows and columns about row {self.o.chunk // 2}")
+        self.fill(row, col, ABOUT_THE_START)
         self.select(lambda r, s: "j < i", lambda r: "", "cotangents of the secondary matrices")
         terms = self.block.shared("gram_terms", self.o.chunk, self.o.channels)
         self.start_gate()

@@ -50,8 +50,8 @@ class Term:
 class Step:
     """Lowers the V-wide ops of one chunk: products ordered so that none waits for another that it does not need.
 
-    `place` says where the chunk lies, `out` names a result that nothing else waits for. V-wide inputs lie as [rows, V] if the workspace or `parts` has
-    them, as [V, rows] in shared memory already if they are `transposed`.
+    `place` says where the chunk lies, `out` names a result that nothing else waits for. V-wide inputs lie as [rows, V]
+    if the workspace or `parts` has them, as [V, rows] in shared memory already if they are `transposed`.
     """
 
     def __init__(

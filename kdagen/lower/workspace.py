@@ -40,7 +40,7 @@ class Part:
 
 
 class Workspace:
-    """Packing of a program's prepared values for one chunk size, head dims and operand dtype; and the type of states."""
+    """Packing of a program's prepared values for one chunk size, head dims and operand dtype; the type of states."""
 
     def __init__(self, program: Program, chunk_size: int, dims: dict[str, int], dtype: str, state: StateType = DEFAULT):
         self.program, self.chunk_size, self.dims, self.dtype, self.state = program, chunk_size, dims, dtype, state

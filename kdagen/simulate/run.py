@@ -38,8 +38,8 @@ def simulate(
     """(output, final state, statistics of each kernel by name); with `states_every` the states come before these.
 
     Tensors are as the op takes them: [B, T, ..], or [1, T, ..] and `cu_seqlens`. Workspaces and results start as NaN
-    (or, of integers, as garbage). `check_schedules` also runs each kernel as its target specialises it, once a seed, and
-    refuses one whose synchronisation fails; `check_races` refuses blocks that touch each other's results.
+    (or, of integers, as garbage). `check_schedules` also runs each kernel as its target specialises it, once a seed,
+    and refuses one whose synchronisation fails; `check_races` refuses blocks that touch each other's results.
     """
     others = {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
     run = Run(op_source, tensors, others, check_schedules, check_races, seeds, states_every)

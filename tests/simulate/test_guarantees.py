@@ -51,32 +51,20 @@ def spoiled(batch, rows, values):
     return tensors
 
 
-def check_causality(name, output, times, changed=None):
+@pytest.mark.parametrize(("name", "output"), ONE_AND_SPLIT)
+def test_later_tokens_leave_earlier_outputs_as_they_are(name, output):
     """The second sequence has the tokens from 7 to 46, chunks of 16 that begin at 7; from `times` on it changes."""
     source = inference(name, output)
     batch = Batch(source, zoo.get(name), LENGTHS, heads=1, group=2)
     o, final, states = forward(source, batch)
-    for t in times:
+    for t in (7, 8, 23, 30, 46):
         later = spoiled(batch, slice(t, 47), lambda x: x.flip(1) * 0.5 + x * 0.25)
-        later |= {} if changed is None else {n: x for n, x in batch.tensors.items() if n not in changed}
         o2, final2, states2 = forward(source, batch, later)
         assert torch.equal(o[:, :t], o2[:, :t]) and torch.equal(o[:, 47:], o2[:, 47:])
         assert not torch.equal(o[:, t:47], o2[:, t:47])
         assert torch.equal(final[[0, 2, 3, 4]], final2[[0, 2, 3, 4]])
         kept = [slot for slot, end in ((0, 23), (1, 39)) if end <= t]  # states of the second sequence
         assert torch.equal(states[kept], states2[kept])
-
-
-@pytest.mark.parametrize(("name", "output"), [case for case in ONE_AND_SPLIT if case[0] != "kda_bounded"])
-def test_later_tokens_leave_earlier_outputs_as_they_are(name, output):
-    check_causality(name, output, (7, 8, 23, 30, 46))
-
-
-def test_later_tokens_where_decays_are_factored():
-    """Around a chunk's middle: gates before it enter the rounding of earlier tokens of their chunk, of no other."""
-    assert inference("kda_bounded").schedule["decay"] == "factored"
-    check_causality("kda_bounded", "fused", (7, 8, 23, 30, 46), {"q", "k", "v", "beta"})
-    check_causality("kda_bounded", "fused", (7, 23, 39))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

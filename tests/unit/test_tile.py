@@ -119,9 +119,10 @@ def test_a_function_without_gpu_form_is_named():
 
 def test_decay_form_follows_from_the_bound():
     bounded, unbounded = canonical(zoo.get("kda_bounded")), canonical(zoo.get("kda"))
-    assert decay_form(bounded, 32)[0] == DecayForm.FACTORED
-    assert decay_form(bounded, 64)[0] == DecayForm.TREE
-    assert decay_form(bounded, 32, "float16")[0] == DecayForm.TREE
+    assert decay_form(bounded, 16)[0] == DecayForm.FACTORED
+    assert decay_form(bounded, 32)[0] == DecayForm.TREE
+    assert decay_form(bounded, 16, "float16")[0] == DecayForm.TREE
+    assert decay_form(bounded, 16, training=True)[0] == DecayForm.TREE
     assert decay_form(unbounded, 16)[0] == DecayForm.TREE
     assert decay_form(canonical(zoo.get("gated_deltanet")), 64)[0] == DecayForm.SCALAR
     assert decay_form(canonical(zoo.get("deltanet")), 64)[0] == DecayForm.NONE
@@ -129,8 +130,9 @@ def test_decay_form_follows_from_the_bound():
 
 @pytest.mark.parametrize("bound", [-0.5, -2.0, -5.0, -20.0])
 def test_factored_rows_keep_exponents_in_range(bound):
-    rows = factored_rows(bound)
-    assert rows / 2 * abs(bound) * math.log2(math.e) <= 126 < (rows / 2 + 1) * abs(bound) * math.log2(math.e)
+    for training, most in ((False, 126), (True, 63)):
+        rows, rate = factored_rows(bound, training=training), abs(bound) * math.log2(math.e)
+        assert rows * rate <= most < (rows + 1) * rate
 
 
 @pytest.mark.parametrize("name", zoo.names())
