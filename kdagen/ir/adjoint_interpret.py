@@ -19,15 +19,14 @@ class AdjointInterpreter(Values):
 
     keep_levels = True
 
-    def __init__(self, adjoint: Adjoint, tensors: dict, chunk_size: int, dtype=None, gradients=None):
-        """`gradients` are those of another run on other tokens of these tensors: this one goes on with them."""
+    def __init__(self, adjoint: Adjoint, tensors: dict, chunk_size: int, dtype=None):
         super().__init__(adjoint.forward.canonical, tensors, chunk_size, dtype)
         self.adjoint = adjoint
         self.expect((*adjoint.recompute, *adjoint.gradients), adjoint.reverse)
         read = {v for op in adjoint.gradients for v in reads(op)} | {v for _, v in adjoint.results}
         self.collected = [op.out for op in adjoint.reverse if op.out in read]  # kept for all chunks of a span
         self.one_chunk -= {v.name for v in self.collected}
-        self.gradients = self.new_gradients() if gradients is None else gradients
+        self.gradients = self.new_gradients()
 
     def new_gradients(self) -> dict:
         """Zeros for the gradient of each argument; those of parameters, which are added up, in full."""

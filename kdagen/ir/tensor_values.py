@@ -63,8 +63,8 @@ class Values:
     def __init__(self, canonical: Canonical, tensors: dict, chunk_size: int, dtype=None):
         if chunk_size < 1 or chunk_size & (chunk_size - 1):
             raise ArgumentError(f"chunk_size = {chunk_size}: expected a power of two, such as 16, 32 or 64")
-        self.tensors, self.chunk = tensors, chunk_size
-        self.size = sizes(canonical, tensors)
+        self.canonical, self.chunk = canonical, chunk_size
+        self.turn_to(tensors)
         first = next(iter(tensors.values()))
         self.arena = Arena(first.new_empty(0, dtype=dtype or first.dtype))
         self.handlers = {
@@ -72,6 +72,10 @@ class Values:
             Spread: self.spread, Gram: self.gram, GramAdjoint: self.gram_adjoint, Interleave: self.interleave,
             Deinterleave: self.deinterleave, SolveTril: self.solve, MatMul: self.matmul,
         }  # fmt: skip
+
+    def turn_to(self, tensors: dict) -> None:
+        """These tensors come next; scratch stays."""
+        self.tensors, self.size = tensors, sizes(self.canonical, tensors)
 
     def new(self, *dims: int | str):
         """A tensor in the dtype of what is computed."""

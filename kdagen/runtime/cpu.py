@@ -1,15 +1,15 @@
 """The CPU backend of an op: its tensor program run by the interpreter, with the choices that suit a CPU.
 
-Each sequence is run by itself, whatever batch it is in: torch computes the last elements of a tensor in another way
-than the rest, so a sequence has the bits that it has alone only in tensors of its own. States are [N, HV, K, V] in the
-dtype of what is computed; in which layout and dtype an op takes them is for kdagen.runtime.call to see to. The step of
-one token is cpu_decode's.
+Sequences of one length that follow each other are run together, and have the bits that each has alone: no function in
+kdagen.ir.torch_expression depends on an element's place. States are [N, HV, K, V] in the dtype of what is computed; in
+which layout and dtype an op takes them is for kdagen.runtime.call to see to. The step of one token is cpu_decode's.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from kdagen.ir.tensor import Adjoint, Program
 
@@ -33,39 +33,73 @@ def run_keeping(program: Program, tensors: dict, initial_state=None, out_dtype=N
     return *forward.run(initial_state, out_dtype, states=states)[:2], states
 
 
+class Group(NamedTuple):
+    """Sequences of one length that follow each other: the first's number and first token, how many, how long each."""
+
+    first: int
+    start: int
+    count: int
+    length: int
+
+    @property
+    def numbers(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+    def of(self, x):
+        """Their part of what there is of each token, [T, ...], as [count, length, ...]."""
+        return x[self.start : self.start + self.count * self.length].unflatten(0, (self.count, self.length))
+
+
 class Sequences:
     """The tensors of a batch with all tokens in a row, and the interpreters that suit its sequences."""
 
     def __init__(self, program: Program, tensors: dict, ends=None):
         self.program, self.given, self.ragged = program, tensors, ends is not None
-        tokens = {a.name for a in program.canonical.arguments if a.per_token}
-        self.b, self.t = next(tensors[name].shape[:2] for name in tokens)
-        self.tensors = {n: x.flatten(0, 1).unsqueeze(0) if n in tokens else x for n, x in tensors.items()}
+        self.per_token = {a.name for a in program.canonical.arguments if a.per_token}
+        self.b, self.t = next(tensors[name].shape[:2] for name in self.per_token)
+        self.tensors = {n: x.flatten(0, 1) if n in self.per_token else x for n, x in tensors.items()}
         self.ends = [n * self.t for n in range(self.b + 1)] if ends is None else ends
         self.solving = len(program.canonical.solving)
         self.by_chunk: dict = {}
 
     @property
-    def pieces(self) -> list[tuple[int, int, int]]:
-        """Number, first token and end of each sequence with tokens."""
-        return [(n, start, end) for n, (start, end) in enumerate(pairwise(self.ends)) if end > start]
+    def groups(self) -> list[Group]:
+        """The sequences with tokens."""
+        found, first = [], 0
+        for length, same in groupby(end - start for start, end in pairwise(self.ends)):
+            count = len(list(same))
+            if length:
+                found.append(Group(first, self.ends[first], count, length))
+            first += count
+        return found
 
-    def suited(self, tokens: int):
-        """The interpreter with the chunks that suit so many tokens."""
+    def of(self, group: Group, tensors: dict) -> dict:
+        """A group's part of tensors."""
+        return {n: group.of(x) if n in self.per_token else x for n, x in tensors.items()}
+
+    def suited(self, tokens: int, group: Group | None = None):
+        """The interpreter with the chunks that suit so many tokens, of a group or of all."""
         chunk = chunk_size(tokens, self.solving)
+        given = self.given if group is None else self.of(group, self.tensors)
         if chunk not in self.by_chunk:
-            self.by_chunk[chunk] = self.make(chunk)
+            self.by_chunk[chunk] = self.make(given, chunk)
+        self.by_chunk[chunk].turn_to(given)
         return self.by_chunk[chunk]
 
-    def make(self, chunk: int):
+    def make(self, tensors: dict, chunk: int):
         from kdagen.ir.tensor_interpret import Interpreter
 
-        return Interpreter(self.program, self.tensors, chunk, computed_in(self.tensors))
+        return Interpreter(self.program, tensors, chunk, computed_in(tensors))
 
     def new(self, *dims, dtype=None):
         """A tensor in the dtype of what is computed."""
         some = self.suited(ROWS)
         return some.arena.like.new_empty([some.size.get(dim, dim) for dim in dims], dtype=dtype)
+
+    def kept(self, states, chunk: int, run, group: Group) -> tuple:
+        """The states before the chunks of a group, the first of which has this number; and the next group's."""
+        end = chunk + group.count * -(-group.length // run.chunk)
+        return states[chunk:end].reshape(-1, group.count, *states.shape[2:]), end
 
     def new_state(self, given=None):
         """The state before the first token, or the cotangent of that after the last; zero unless given."""
@@ -87,29 +121,32 @@ class Forward(Sequences):
 
         with torch.no_grad():
             state = self.new_state(initial_state)
-            out = self.new(1, self.b * self.t, "HV", "V", dtype=out_dtype).zero_() if output else None
+            out = self.new(self.b * self.t, "HV", "V", dtype=out_dtype).zero_() if output else None
             after = self.new(self.b, self.t // every, "HV", "K", "V").zero_() if every else None
             chunk = 0
-            for n, start, end in self.pieces:
+            for group in self.groups:
+                run, here = self.suited(group.length, group), group.of(out) if output else None
                 if every:
-                    self.in_parts(state[n : n + 1], out, start, end, every, after.flatten(0, 1)[self.slot(n, every) :])
+                    self.in_parts(state[group.numbers], here, group, every, after.flatten(0, 1))
+                elif states is None:
+                    run.scan(state[group.numbers], here)
                 else:
-                    run = self.suited(end - start)
-                    run.scan(state[n : n + 1], out, None if states is None else states[chunk:], (start, end))
-                    chunk += -(-(end - start) // run.chunk)
-            return out.view(self.b, self.t, *out.shape[2:]) if output else None, state, after
+                    kept, chunk = self.kept(states, chunk, run, group)
+                    run.scan(state[group.numbers], here, kept)
+            return out.view(self.b, self.t, *out.shape[1:]) if output else None, state, after
 
     def slot(self, n: int, every: int) -> int:
         """That of the first of a sequence's states after every so many tokens."""
         return self.ends[n] // every if self.ragged else n * (self.t // every)
 
-    def in_parts(self, state, out, start: int, end: int, every: int, after) -> None:
-        """A sequence in parts of `every` tokens; the state after each whole one goes to `after`."""
-        for i, first in enumerate(range(start, end, every)):
-            last = min(end, first + every)
-            self.suited(last - first).scan(state, out, None, (first, last))
+    def in_parts(self, state, out, group: Group, every: int, after) -> None:
+        """Sequences in parts of `every` tokens; the states after each whole one go to their slots of `after`."""
+        slots = [self.slot(group.first + n, every) for n in range(group.count)]
+        for i, first in enumerate(range(0, group.length, every)):
+            last = min(group.length, first + every)
+            self.suited(last - first, group).scan(state, out, None, (first, last))
             if last - first == every:
-                after[i] = state[0]
+                after[[slot + i for slot in slots]] = state
 
 
 def adjoint_of(program: Program) -> Adjoint:
@@ -142,26 +179,27 @@ class Backward(Sequences):
 
     def __init__(self, adjoint: Adjoint, tensors: dict, ends=None):
         super().__init__(adjoint.forward, tensors, ends)
-        self.adjoint, self.gradients = adjoint, None
+        self.adjoint = adjoint
 
-    def make(self, chunk: int):
+    def make(self, tensors: dict, chunk: int):
         from kdagen.ir.adjoint_interpret import AdjointInterpreter
 
-        run = AdjointInterpreter(self.adjoint, self.tensors, chunk, computed_in(self.tensors), self.gradients)
-        self.gradients = run.gradients
-        return run
+        return AdjointInterpreter(self.adjoint, tensors, chunk, computed_in(tensors))
 
     def run(self, d_out, d_final_state, states) -> tuple:
         """Gradients, and that of the initial state."""
         zero = self.new(1).zero_()
-        d_out = zero.expand(1, 1, 1, 1) if d_out is None else d_out.flatten(0, 1).unsqueeze(0)
-        d_out = d_out.expand(1, self.b * self.t, *self.new(0, "HV", "V").shape[1:])
+        d_out = zero.expand(1, 1, 1) if d_out is None else d_out.flatten(0, 1)
+        d_out = d_out.expand(self.b * self.t, *self.new(0, "HV", "V").shape[1:])
         d_state, chunk = self.new_state(d_final_state), 0
-        for n, start, end in self.pieces:
-            run = self.suited(end - start)
-            run.scan(d_state[n : n + 1], d_out, states[chunk:], (start, end))
-            chunk += -(-(end - start) // run.chunk)
-        return {n: x.view(self.given[n].shape) for n, x in self.gradients.items()}, d_state
+        gradients = self.suited(ROWS).new_gradients()
+        packed = {n: x.flatten(0, 1) if n in self.per_token else x for n, x in gradients.items()}
+        for group in self.groups:
+            run = self.suited(group.length, group)
+            run.gradients = self.of(group, packed)
+            kept, chunk = self.kept(states, chunk, run, group)
+            run.scan(d_state[group.numbers], group.of(d_out), kept)
+        return gradients, d_state
 
 
 def computed_in(tensors: dict):
