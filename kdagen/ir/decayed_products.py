@@ -175,35 +175,17 @@ def below(matrix, size: int):
 
 
 def product(a, b, add=None, out=None):
-    """add + a b over matrices [chunk, sequence, ...], `add` broadcast; into `out` if given.
-
-    One sequence after another: how BLAS sums a product depends on how many others it is given at once.
-    """
-    out = a.new_empty((*a.shape[:-2], a.shape[-2], b.shape[-1])) if out is None else out
-    if a.shape[1] == 1:
-        _product(a, b, add, out)
-        return out
-    for n in range(a.shape[1]):
-        here = out[:, n]
-        made = here.contiguous()
-        _product(a[:, n], b[:, n], made if add is out else add if add is None else add[:, n], made)
-        if made.data_ptr() != here.data_ptr():
-            here.copy_(made)
-    return out
-
-
-def _product(a, b, add, out) -> None:
+    """add + a b over a batch of matrices, `add` broadcast; into `out` if given."""
     import torch
 
-    a, b, flat = _flat(a), _flat(b), out.view(-1, *out.shape[-2:])
+    batch = a.shape[:-2]
+    shape = (*batch, a.shape[-2], b.shape[-1])
+    out = a.new_empty(shape) if out is None else out
+    a, b, flat = a.flatten(0, -3), b.flatten(0, -3), out.view(-1, *shape[-2:])
     if add is None:
         torch.bmm(a, b, out=flat)
     elif add is out:
         flat.baddbmm_(a, b)
     else:
         torch.baddbmm(add.flatten(0, -3), a, b, out=flat)
-
-
-def _flat(x):
-    """[batch, rows, columns]; a transposed matrix stays one where this copies."""
-    return x.mT.flatten(0, -3).mT if x.stride(-1) != 1 == x.stride(-2) else x.flatten(0, -3)
+    return out

@@ -1,8 +1,8 @@
 """The CPU backend of an op: its tensor program run by the interpreter, with the choices that suit a CPU.
 
-Sequences of one length that follow each other are run together, and have the bits that each has alone: no function in
-kdagen.ir.torch_expression depends on an element's place. States are [N, HV, K, V] in the dtype of what is computed; in
-which layout and dtype an op takes them is for kdagen.runtime.call to see to. The step of one token is cpu_decode's.
+Sequences of one length that follow each other are run together where each has the bits that it has alone. States are
+[N, HV, K, V] in the dtype of what is computed; in which layout and dtype an op takes them is for kdagen.runtime.call to
+see to. The step of one token is cpu_decode's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from kdagen.ir.tensor import Adjoint, Program
+from kdagen.ir.tensor_values import sizes
 
+ALIGNED = 16  # channels
 ROWS = 64  # of a chunk's solve: the fastest of 16, 32 and 64 at every length in benchmarks/cpu_op.py
 
 
@@ -63,11 +65,22 @@ class Sequences:
         self.by_chunk: dict = {}
 
     @property
+    def together(self) -> bool:
+        """Whether a sequence has the same bits among others as alone.
+
+        Torch's products of matrices depend on whether there is one or several, and on whether rows of one are aligned;
+        no function in kdagen.ir.torch_expression depends on an element's place.
+        """
+        size = sizes(self.program.canonical, self.given)
+        return size["HV"] > 1 and size["K"] % ALIGNED == size["V"] % ALIGNED == 0
+
+    @property
     def groups(self) -> list[Group]:
         """The sequences with tokens."""
+        lengths = [end - start for start, end in pairwise(self.ends)]
         found, first = [], 0
-        for length, same in groupby(end - start for start, end in pairwise(self.ends)):
-            count = len(list(same))
+        for _, same in groupby(range(len(lengths)), (lambda n: lengths[n]) if self.together else None):
+            count, length = len(list(same)), lengths[first]
             if length:
                 found.append(Group(first, self.ends[first], count, length))
             first += count
@@ -109,7 +122,8 @@ class Sequences:
     def new_states(self):
         """Where the state before each chunk is kept."""
         chunks = kept_chunks(self.b, self.t, len(self.ends) - 1 if self.ragged else None, self.solving)
-        return self.new(chunks, 1, "HV", "K", "V")
+        states = self.new(chunks, 1, "HV", "K", "V")
+        return states.zero_() if self.ragged else states  # for all lengths, and so for more chunks than there may be
 
 
 class Forward(Sequences):

@@ -90,7 +90,7 @@ def test_sequences_have_the_bits_that_they_have_alone(name, dtype, gate):
 @pytest.mark.parametrize("name", [*GATE_FORMS, "gated_deltanet", "deltaproduct", "linear_attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_batch_has_the_bits_of_its_sequences(name, dtype):
-    for seed, shape in enumerate([(5, 64, 3, 24, 4), (2, 5, 4, 16, 128), (3, 70, 1, 8, 8)]):
+    for seed, shape in enumerate([(5, 64, 3, 24, 4), (2, 5, 4, 16, 128), (3, 70, 1, 16, 16)]):
         given, op = inputs(name, shape, 1, dtype, seed=seed), kg.compile(name)
         o, final = op(**given, output_final_state=True)
         for n in range(shape[0]):
