@@ -135,6 +135,10 @@ class Shapes:
     def check_slots(self, indexed: bool, ragged: bool) -> None:
         """Each sequence has a slot of the pool; a speculative one no more tokens than slots."""
         sizes = self.sizes
+        if sizes.get("W") == 0:
+            raise ArgumentError(
+                f"{self.op}: state_indices has shape [{sizes['N']}, 0], expected [N, W], W columns of at least one slot"
+            )
         if not indexed and sizes["N"] > sizes["S"]:
             raise ArgumentError(
                 f"{self.op}: state_pool has {sizes['S']} slots for {sizes['N']} sequences, expected at least as many, "

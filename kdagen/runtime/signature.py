@@ -76,12 +76,17 @@ class Signature:
         return value.unbind(axis)
 
     def check_tensor(self, name: str, value, expected: str = "a tensor") -> None:
-        """Refuses what is not a torch tensor."""
+        """Refuses what is not a dense torch tensor."""
         import torch
 
         if not isinstance(value, torch.Tensor):
             fix = " (call torch.as_tensor)" if hasattr(value, "__array__") or isinstance(value, float) else ""
             raise ArgumentError(f"{self.name}: {name} is a {type(value).__name__}, expected {expected}{fix}")
+        if value.layout != torch.strided:
+            layout = str(value.layout).removeprefix("torch.")
+            raise ArgumentError(
+                f"{self.name}: {name} has layout {layout}, expected a dense tensor: call {name}.to_dense()"
+            )
 
     def _misfit(self, given: dict, named: dict, args: tuple, options: tuple) -> ArgumentError:
         names = [name for name, _ in self.parameters]
