@@ -181,7 +181,7 @@ def product(a, b, add=None, out=None):
     batch = a.shape[:-2]
     shape = (*batch, a.shape[-2], b.shape[-1])
     out = a.new_empty(shape) if out is None else out
-    a, b, flat = a.flatten(0, -3), b.flatten(0, -3), out.view(-1, *shape[-2:])
+    a, b, flat = packed(a), packed(b), out.view(-1, *shape[-2:])
     if add is None:
         torch.bmm(a, b, out=flat)
     elif add is out:
@@ -189,3 +189,14 @@ def product(a, b, add=None, out=None):
     else:
         torch.baddbmm(add.flatten(0, -3), a, b, out=flat)
     return out
+
+
+def packed(x):
+    """Matrices [batch, rows, columns] each in one piece, or each transpose: as BLAS sums otherwise what lies otherwise.
+
+    Else rows would lie apart or not as there is one sequence or several.
+    """
+    if x.stride(-2) == 1 and x.stride(-1) == x.shape[-2] > 1:
+        return x.mT.flatten(0, -3).mT
+    one_piece = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
+    return (x if one_piece else x.contiguous()).flatten(0, -3)
