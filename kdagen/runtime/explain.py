@@ -1,4 +1,4 @@
-"""`op.explain()`: what runs an op on CPU and on CUDA tensors, in training too, where kernels are, and what ran last."""
+"""`op.explain()`: what runs an op on CPU and on CUDA tensors, training and decoding too, where kernels are, what ran."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def explain(op) -> str:
         ("CPU tensors", "CPU backend: batched matrix products on torch, one pass over chunks of tokens"),
         *op.kernels.describe(),
         *describe_training(op),
+        *describe_states(op),
         ("last call", op.last or "none yet"),
     ]
     name = str(op.torch_op).removesuffix(".default")
@@ -67,6 +68,22 @@ def describe_training(op) -> list[tuple[str, str]]:
         ("training", f"keep='{keep.value}': a forward keeps {KEPT[keep]}"),
         ("  on CPU", _kept_on_cpu(op, plan and plan["dims"])),
         ("  on GPUs", _training_on_gpus(plan) if plan else f"none: {problem}"),
+    ]
+
+
+def describe_states(op) -> list[tuple[str, str]]:
+    """How states are stored, and what runs op.decode and op.recurrent."""
+    state = op.state
+    try:
+        plan = op.kernels.planned({}, purpose="decode").plan
+        kernel = f"one kernel for {plan['target']}, {', '.join(f'{k} {v}' for k, v in plan['schedule'].items())}"
+    except KdagenError as error:
+        kernel = f"none: {error}"
+    stored = state.dtype if state.dtype == "bfloat16" else "float32, beside float64 arguments float64"
+    return [
+        ("states", f"[N, HV, {', '.join(state.dims)}] in {stored}"),
+        ("decoding", "on CPU one token after another, on states in place"),
+        ("  on GPUs", kernel),
     ]
 
 

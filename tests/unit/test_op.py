@@ -291,6 +291,14 @@ def test_explain_says_what_would_run_and_what_ran(monkeypatch, tmp_path):
     assert op.explain().endswith("last call     float32 tensors on cpu: CPU backend, batched matrix products on torch")
 
 
+def test_explain_says_how_states_are_stored_and_what_decodes():
+    text = " ".join(kg.compile("kda", arch="sm90", state_layout="VK", state_dtype="bfloat16").explain().split())
+    assert "states [N, HV, V, K] in bfloat16" in text
+    assert "decoding on CPU one token after another, on states in place on GPUs one kernel for sm90, " in text
+    text = " ".join(kg.compile("kda", arch="sm90").explain().split())
+    assert "states [N, HV, K, V] in float32, beside float64 arguments float64" in text
+
+
 def test_explain_says_when_a_decay_form_was_chosen():
     op = kg.compile("kda_bounded", arch="sm90", schedule={"decay": "tree", "chunk_size": 16})
     assert "decay       tree: chosen in the schedule" in op.explain()
