@@ -1,4 +1,4 @@
-"""`op.explain()`: what runs an op on CPU and on CUDA tensors, training and decoding too, where kernels are, what ran."""
+"""`op.explain()`: what runs an op on CPU and CUDA tensors, in training and decoding, where kernels are, what ran."""
 
 from __future__ import annotations
 
