@@ -7,6 +7,7 @@ readers, before the first is written. Unlike cpu, nothing is chunked.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,12 +17,33 @@ from kdagen.runtime.values import check_finite
 BLOCK_BYTES = 1 << 22  # of states that are updated at a time: what caches hold; the fastest in benchmarks/cpu_decode.py
 
 
-def run(form: StepForm, call, out) -> None:
+class Step:
+    """A step form made ready: its values by name, its expressions compiled."""
+
+    def __init__(self, form: StepForm):
+        from kdagen.ir.tensor import Load, Map
+
+        self.form = form
+        self.loads = [op for op in form.token if isinstance(op, Load)]
+        rest = [op for op in form.token if not isinstance(op, Load)]
+        self.made = [(op, self.ready(op) if isinstance(op, Map) else None) for op in rest]
+        self.values = [(op.out.name, self.ready(op)) for op in form.values]
+
+    @staticmethod
+    def ready(op) -> Callable:
+        """A Map as a function of the values by name."""
+        from kdagen.ir.torch_expression import compiled
+
+        run, operands = compiled(op.expr), [(v.symbol, v.name) for v, _ in op.operands]
+        return lambda env: run({symbol: env[name] for symbol, name in operands})
+
+
+def run(step: Step, call, out) -> None:
     """Writes the output of a kdagen.runtime.decode.Decode into `out`, zero so far, and its new states into its pool."""
     import torch
 
     with torch.no_grad():
-        tokens = Tokens(form, call)
+        tokens = Tokens(step, call)
         runs = [Run(tokens, call, group) for group in groups(call, tokens.rows)]
         found = [r.read(0) for r in runs]
         for r, reads in zip(runs, found, strict=True):
@@ -59,30 +81,21 @@ def groups(call, rows: list[range]) -> list[Group]:
 class Tokens:
     """What the step form makes of arguments alone, for all tokens: [tokens, HV, K, V or 1], parameters [1, HV, ...]."""
 
-    def __init__(self, form: StepForm, call):
+    def __init__(self, step: Step, call):
         import torch
 
-        self.form, self.size = form, call.sizes
+        self.step, self.form, self.size = step, step.form, call.sizes
         self.dtype = torch.promote_types(call.like.dtype, torch.float32)
-        self.env: dict = {}
-        for op in form.token:
-            self.env[op.out] = self.made(op, call.tensors)
+        self.env: dict = {op.out.name: self.loaded(op.argument, call.tensors) for op in step.loads}
+        for op, ready in step.made:
+            self.env[op.out.name] = ready(self.env) if ready else self.wide(op.a).sum(-1, keepdim=True)
         b, t = self.size["B"], self.size["T"]
         ends = [n * t for n in range(b + 1)] if call.ends is None else call.ends
         self.rows = [range(*pair) for pair in zip(ends, ends[1:])]
-        self.z = torch.stack([self.wide(r.z).expand(b * t, -1, -1) for r in form.reads], 2)
+        self.z = torch.stack([self.wide(r.z).expand(b * t, -1, -1) for r in self.form.reads], 2)
 
-    def made(self, op, tensors: dict):
-        from kdagen.ir.tensor import Load, Map
-        from kdagen.ir.torch_expression import compiled
-
-        if isinstance(op, Load):
-            return self.loaded(op.argument, tensors[op.argument.name])
-        if isinstance(op, Map):
-            return compiled(op.expr)({v.symbol: self.env[v] for v, _ in op.operands})
-        return self.wide(op.a).sum(-1, keepdim=True)
-
-    def loaded(self, argument, x):
+    def loaded(self, argument, tensors: dict):
+        x = tensors[argument.name]
         x = x.flatten(0, 1) if argument.per_token else x.unsqueeze(0)
         x = (x if argument.axis else x.unsqueeze(-1)).to(self.dtype)
         groups = self.size["HV"] // x.shape[1]
@@ -90,7 +103,7 @@ class Tokens:
 
     def wide(self, value):
         """A value with all of its channels; one of numbers alone with all heads too."""
-        return _wide(self.env[value], value, self.size)
+        return _wide(self.env[value.name], value, self.size)
 
 
 class Run:
@@ -123,7 +136,7 @@ class Run:
         for token in range(self.group.tokens):
             rows = self.rows(token)
             env = self.values(rows, self.read(token) if token else reads)
-            out[rows] = env[self.form.out]
+            out[rows] = env[self.form.out.name]
             self.update(env)
             if self.group.columns and (slot := self.group.columns[token]) >= 0:
                 self.call.inside(self.call.pool[slot]).copy_(self.state)
@@ -132,12 +145,11 @@ class Run:
 
     def values(self, rows: slice, reads) -> dict:
         """Values of one token, [sequences, HV, channels or 1]."""
-        from kdagen.ir.torch_expression import compiled
-
-        env = {v: x if len(x) == 1 else x[rows] for v, x in self.t.env.items()}
-        env |= {read.out: reads[:, :, i] for i, read in enumerate(self.form.reads)}
-        for op in self.form.values:
-            env[op.out] = compiled(op.expr)({v.symbol: env[v] for v, _ in op.operands})
+        whole = rows.stop - rows.start == len(self.t.z)
+        env = dict(self.t.env) if whole else {n: x if len(x) == 1 else x[rows] for n, x in self.t.env.items()}
+        env |= {read.out.name: reads[:, :, i] for i, read in enumerate(self.form.reads)}
+        for name, ready in self.t.step.values:
+            env[name] = ready(env)
         return env
 
     def update(self, env: dict) -> None:
@@ -157,7 +169,7 @@ class Run:
 
     def by_head(self, env: dict, value):
         """[heads, channels] of a value of one token."""
-        x = _wide(env[value], value, self.size)
+        x = _wide(env[value.name], value, self.size)
         return x.expand(len(self.group.slots), -1, -1).flatten(0, 1)
 
 

@@ -242,8 +242,9 @@ class Op:
     def step(self):
         """The step form, which the CPU backend decodes by."""
         from kdagen.derive.step import step_form
+        from kdagen.runtime.cpu_decode import Step
 
-        return step_form(self._form())
+        return Step(step_form(self._form()))
 
     # -- what torch calls
 
