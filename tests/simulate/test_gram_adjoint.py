@@ -35,7 +35,7 @@ def kernel_of(block, inputs, outputs, chunk, threads):
     statements = tuple(block.statements)
     return verify(
         Kernel("toy", "gradients", "prepare", grid, threads, 1, (*buffers, *block_buffers), (), statements, (),
-               chunk_size=chunk)
+               lets=(("rows", str(chunk)),), chunk_size=chunk)
     )  # fmt: skip
 
 
