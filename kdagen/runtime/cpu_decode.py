@@ -55,11 +55,11 @@ def run(step: Step, call, out) -> None:
 
 @dataclass
 class Group:
-    """One sequence, or several of one token each with neighbouring tokens and slots."""
+    """One sequence, or several of one token each that follow each other."""
 
     first: int  # row of its first token
     tokens: int  # of each sequence
-    slots: range
+    slots: list[int]
     columns: list[int]  # where the state goes after each token, -1 for nowhere; none: to its own slot, at the end
 
 
@@ -70,11 +70,10 @@ def groups(call, rows: list[range]) -> list[Group]:
         if slot < 0 or not mine:
             continue
         last = found[-1] if found else None
-        one = len(mine) == 1 and call.columns == 1
-        if one and last and last.tokens == 1 and (mine.start, slot) == (last.first + len(last.slots), last.slots.stop):
-            last.slots = range(last.slots.start, slot + 1)
+        if last and len(mine) == last.tokens == call.columns == 1 and mine.start == last.first + len(last.slots):
+            last.slots.append(slot)
         else:
-            found.append(Group(mine.start, len(mine), range(slot, slot + 1), columns if call.columns > 1 else []))
+            found.append(Group(mine.start, len(mine), [slot], columns if call.columns > 1 else []))
     return found
 
 
@@ -107,15 +106,19 @@ class Tokens:
 
 
 class Run:
-    """The states of a group, [heads, K, V]: its slots of the pool, or a copy where these cannot be updated in place."""
+    """The states of a group, [slots, HV, K, V]: in the pool, or copies where these cannot be updated in place."""
 
     def __init__(self, tokens: Tokens, call, group: Group):
         self.form, self.size, self.t, self.call, self.group = tokens.form, tokens.size, tokens, call, group
-        self.slots = call.pool[group.slots.start : group.slots.stop]
-        inside = call.inside(self.slots)
-        self.in_place = inside.dtype == tokens.dtype and inside.is_contiguous() and not group.columns
-        state = inside if self.in_place else inside.to(tokens.dtype, copy=True).contiguous()
-        self.state = state.reshape(-1, *state.shape[2:])
+        self.pool = call.inside(call.pool)
+        self.in_place = self.pool.dtype == tokens.dtype and self.pool.is_contiguous() and not group.columns
+        if self.in_place:
+            self.states, self.slots = self.pool, tuple(group.slots)
+        else:
+            self.states, self.slots = (
+                self.pool[group.slots].to(tokens.dtype).contiguous(),
+                tuple(range(len(group.slots))),
+            )
 
     def rows(self, token: int) -> slice:
         """Rows of each sequence's token of this number."""
@@ -123,8 +126,7 @@ class Run:
 
     def read(self, token: int):
         """S^T z for all readers, [sequences, HV, readers, V]."""
-        z = self.t.z[self.rows(token)]
-        return weighted_rows(self.state, z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return weighted_rows(self.states, self.slots, self.t.z[self.rows(token)])
 
     def check(self) -> None:
         """Refuses a state that is not finite."""
@@ -139,9 +141,9 @@ class Run:
             out[rows] = env[self.form.out.name]
             self.update(env)
             if self.group.columns and (slot := self.group.columns[token]) >= 0:
-                self.call.inside(self.call.pool[slot]).copy_(self.state)
+                self.pool[slot] = self.states[0]
         if not self.in_place and not self.group.columns:
-            self.call.inside(self.slots).copy_(self.state.view(len(self.slots), -1, *self.state.shape[1:]))
+            self.pool[self.group.slots] = self.states.to(self.pool.dtype)
 
     def values(self, rows: slice, reads) -> dict:
         """Values of one token, [sequences, HV, channels or 1]."""
@@ -153,50 +155,55 @@ class Run:
         return env
 
     def update(self, env: dict) -> None:
-        """S' = decay S + sum of x p^T, a block of heads after another."""
-        decay = None if self.form.decay is None else self.by_head(env, self.form.decay).unsqueeze(-1)
-        writes = [
-            (self.by_head(env, w.x).unsqueeze(-1), self.by_head(env, w.p).unsqueeze(-2)) for w in self.form.writes
-        ]
-        heads = max(1, BLOCK_BYTES // max(1, self.state[0].numel() * self.state.element_size()))
-        for start in range(0, len(self.state), heads):
-            block = slice(start, start + heads)
-            state = self.state[block]
+        """S' = decay S + sum of x p^T, a block of states after another."""
+        decay = None if self.form.decay is None else self.of_all(env, self.form.decay).unsqueeze(-1)
+        writes = [(self.of_all(env, w.x).unsqueeze(-1), self.of_all(env, w.p).unsqueeze(-2)) for w in self.form.writes]
+        for mine, slots in blocks(self.slots, self.states[0].numel() * self.states.element_size()):
+            state = self.states[slots]
             if decay is not None:
-                state *= decay[block]
+                state *= decay[mine]
             for x, p in writes:
-                state.addcmul_(x[block], p[block])
+                state.addcmul_(x[mine], p[mine])
 
-    def by_head(self, env: dict, value):
-        """[heads, channels] of a value of one token."""
-        x = _wide(env[value.name], value, self.size)
-        return x.expand(len(self.group.slots), -1, -1).flatten(0, 1)
+    def of_all(self, env: dict, value):
+        """[slots, HV, channels] of a value of one token."""
+        return _wide(env[value.name], value, self.size).expand(len(self.slots), -1, -1)
 
 
 def _wide(x, value, size: dict):
     return x.expand(*x.shape[:-2], size["HV"], size[value.dims[0]]) if value.dims else x
 
 
-def weighted_rows(state, z):
-    """z @ state, [heads, readers, V], of states [heads, K, V].
+def blocks(slots: tuple[int, ...], size: int):
+    """Sequences whose slots, of so many bytes, follow each other, as many as caches hold: these and their slots."""
+    start = 0
+    for i in range(1, len(slots) + 1):
+        if i == len(slots) or slots[i] != slots[i - 1] + 1 or (i - start + 1) * size > BLOCK_BYTES:
+            yield slice(start, i), slice(slots[start], slots[i - 1] + 1)
+            start = i
+
+
+def weighted_rows(states, slots: tuple[int, ...], z):
+    """z @ states[slots], [slots, HV, readers, V], of `states` [any, HV, K, V] and z [slots, HV, readers, K].
 
     In float32 as weighted sums of a table's rows: torch does these at the speed of memory, and products of matrices of
     one or two rows at half of it.
     """
     import torch
 
-    if state.dtype != torch.float32 or not z.numel():
-        return torch.bmm(z, state)
-    rows, ends = _bags(*z.shape)
-    table, weights = state.view(-1, state.shape[-1]), z.reshape(-1)
-    return torch.embedding_bag(table, rows, ends, False, 0, False, weights)[0].view(*z.shape[:2], -1)
+    if states.dtype != torch.float32 or not z.numel():
+        return torch.matmul(z, states[list(slots)])
+    rows, ends = _bags(slots, *z.shape[1:])
+    found = torch.embedding_bag(states.view(-1, states.shape[-1]), rows, ends, False, 0, False, z.reshape(-1))[0]
+    return found.view(*z.shape[:3], -1)
 
 
 @lru_cache(maxsize=16)
-def _bags(heads: int, readers: int, k: int) -> tuple:
-    """The rows of each bag, a reader of a head, and where bags begin."""
+def _bags(slots: tuple[int, ...], heads: int, readers: int, k: int) -> tuple:
+    """The rows of each bag, a reader of a head in a slot, and where bags begin."""
     import torch
 
-    dtype = torch.int32 if max(heads, readers) * k * readers < 1 << 31 else torch.int64
-    rows = torch.arange(heads * k, dtype=dtype).view(heads, 1, k).expand(heads, readers, k)
-    return rows.reshape(-1), torch.arange(0, heads * readers * k, k, dtype=dtype)
+    dtype = torch.int32 if (max(slots) + 1) * heads * readers * k < 1 << 31 else torch.int64
+    first = torch.tensor(slots, dtype=dtype).view(-1, 1, 1, 1) * heads + torch.arange(heads, dtype=dtype).view(-1, 1, 1)
+    rows = (first * k + torch.arange(k, dtype=dtype)).expand(-1, -1, readers, -1).reshape(-1)
+    return rows, torch.arange(0, len(rows), k, dtype=dtype)
