@@ -89,7 +89,7 @@ def test_the_forward_tests_take_kernels_of_inference_alone(gpu_tests):
 
 
 def test_ragged_batches(gpu_tests, monkeypatch):
-    tests = gpu_tests("test_ragged")
+    tests = gpu_tests("test_ragged_kernels")
     monkeypatch.setattr(tests, "DEVICE", "cpu")
     monkeypatch.setattr(tests, "MANY", 9)
     monkeypatch.setattr(tests, "LENGTHS", {"short and empty": [0, 1, 0, 33, 16]})
@@ -103,7 +103,7 @@ def test_ragged_batches(gpu_tests, monkeypatch):
 
 @pytest.mark.parametrize("number", range(5))
 def test_wrong_ends_of_sequences(gpu_tests, number):
-    tests = gpu_tests("test_ragged")
+    tests = gpu_tests("test_ragged_kernels")
     tests.test_ends_that_are_wrong_lead_nowhere_outside("retnet", tests.BAD_ENDS[number])
 
 
