@@ -1,8 +1,12 @@
 """`golden` compares text with a file under tests/golden; `pytest --update-golden` rewrites the files instead."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is loaded: workers of `pytest -n` share the cores, and loops of two threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FOLDER = Path(__file__).parent / "golden"
 
