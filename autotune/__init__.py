@@ -1,1 +1,12 @@
-"""Choice of schedules."""
+"""The tuner: which schedules there are, which of them can be good, which of them is, and how an op finds it again.
+
+sweep, folder, log     what is tuned, the directory that its stages exchange, and its append-only log
+space, gpus, model     the schedules of a kernel family, facts about GPUs, a lower bound of a schedule's time
+plan, search           the candidates that are worth a compiler, and in which order they are tried
+compile                machine code, and what can be told of it without a GPU
+measure, pool, worker  candidates on devices, one process each: right first, then timed
+devices, check, timing what a worker does on a GPU, on the CPU, or on a recording
+publish, tables, select  winners as tables, and the choice among them for a call, which never measures
+defaults               the schedule where nothing was tuned
+report, why            what happened, for people
+"""

@@ -1,97 +1,117 @@
-"""The schedule for a recurrence on a target when nothing was tuned: safe everywhere, fast where that is known."""
+"""The schedule for a call among those in tables: exact, else the nearest bucket, else the nearest GPU. Never measures.
+
+Tables are JSON files, one a device, an entry a line: those that ship in autotune/tables, then the user's own (in
+kdagen's cache folder), whose entries come first. Where no table speaks, the model or the safe default does: that needs
+the compiler, and so is for kdagen.autotune.choose. Needs neither torch nor sympy.
+"""
 
 from __future__ import annotations
 
-from functools import cache
+import functools
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from kdagen.derive.adjoint import adjoint
-from kdagen.derive.chunk import chunk_form
-from kdagen.errors import ScheduleError
-from kdagen.ir.canonical import Canonical
-from kdagen.lower.decay import decay_form
-from kdagen.lower.gradients import lower_gradients
-from kdagen.lower.warps import prepare_threads
-from kdagen.lower.workspace import Workspace
-from kdagen.schedule import DecayForm, DecodeSchedule, Schedule, TrainingSchedule
-from kdagen.target import Target
+from kdagen import debug
+from kdagen.errors import ArtefactError
 
-PACKING = 1.08  # of shared memory that merged tiles take, at most, over what is in use at once
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "tables"
+log = logging.getLogger("kdagen")
 
 
-def default_schedule(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, **choices) -> Schedule:
-    """A legal schedule from facts alone: the decay form, the width of the solve, the chip's shared memory.
+@dataclass(frozen=True)
+class Key:
+    """What a schedule is looked up for; all but bucket and device must agree, head dims never match nearly."""
 
-    `choices` fixes some fields; the others follow from them.
-    """
-    rows = max(1, len(canonical.solving))
-    chunk = choices.get("chunk_size") or chunk_size(canonical, dims, dtype, target)
-    wide = target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128 and rows == 1
-    v_tile = 128 if wide else 64
-    decay = decay_form(canonical, chunk, dtype)[0]
-    return Schedule(
-        chunk_size=chunk,
-        decay=decay,
-        prepare_threads=prepare_threads(canonical, chunk, target, choices.get("decay", decay) == DecayForm.TREE),
-        v_tile=v_tile,
-        scan_threads=2 * choices.get("v_tile", v_tile),
-        stages=2 if target.bulk_copies else 1,
-        scan_skeleton="scan_specialised" if target.warp_specialised else "scan_pipelined",
-    ).replace(**choices)
+    recurrence: str  # hash of the canonical form (kdagen.runtime.signature.recurrence_hash)
+    purpose: str
+    target: str  # of kdagen.target.TARGETS, or "cpu"
+    head_dim: tuple[int, int]
+    ratio: int  # HV / H
+    dtype: str
+    gate_dtype: str
+    state: str  # such as "KV float32"
+    device: str  # as it calls itself: "NVIDIA H100 80GB HBM3"
+    processors: int  # multiprocessors of a GPU, cores of a CPU
+    bucket: int  # of B T HV: kdagen.autotune.sweep.bucket
 
-
-def default_decode_schedule(
-    canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, **choices
-) -> DecodeSchedule:
-    """The same for decoding: tiles of a line of memory in width, small enough that several blocks share a processor."""
-    return DecodeSchedule().replace(**choices)
+    @property
+    def fixed(self) -> tuple:
+        """What an entry must agree with."""
+        return tuple(v for n, v in vars(self).items() if n not in ("device", "processors", "bucket"))
 
 
-def default_training_schedule(
-    canonical: Canonical, dims: dict[str, int], dtype: str, target: Target, **choices
-) -> TrainingSchedule:
-    """The same for an op in training: the longest chunks with which a chunk's whole backward fits in shared memory.
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table: what won, for what, and what was measured."""
 
-    States are stored once a chunk. Chunks of 16 have products that 2 warps share at most, too few to hold a state's
-    cotangent in registers: then each chunk is a segment of its own.
-    """
-    if "chunk_size" in choices:
-        return _training(canonical, dims, dtype, target, choices["chunk_size"], choices)
-    for chunk in (32, 16):
-        schedule = _training(canonical, dims, dtype, target, chunk, choices)
-        needed = PACKING * gradients_bytes(canonical, dims, dtype, schedule)
-        if needed <= target.shared_bytes:
-            return schedule
-    raise ScheduleError(
-        f"{canonical.name} has no training kernels for {target.name} at head_dim {dims['K'], dims['V']}: the backward "
-        f"of a chunk of {chunk} tokens needs {needed / 1024:.0f} KiB of shared memory, a block there has "
-        f"{target.shared_bytes // 1024}: expected a smaller head_dim"
-    )
+    key: Key
+    schedule: dict
+    policy: str
+    facts: dict = field(default_factory=dict, compare=False, hash=False)  # kernels, ms, low, high, default_ms, versions
 
 
-def _training(canonical, dims, dtype, target, chunk: int, choices: dict) -> TrainingSchedule:
-    decay = decay_form(canonical, chunk, dtype, training=True)[0]
-    shared = {"decay": decay, **{f: v for f, v in choices.items() if f in vars(Schedule())}}
-    forward = default_schedule(canonical, dims, dtype, target, **{**shared, "chunk_size": chunk})
-    wide = target.warp_specialised and dims["V"] % 128 == 0 and dims["K"] <= 128
-    short = {"segment": 1, "gradient_threads": 64} if chunk == 16 else {}
-    return TrainingSchedule(**vars(forward), reverse_v_tile=128 if wide else 64, **short).replace(**choices)
+@dataclass(frozen=True)
+class Selection:
+    """A schedule's fields and how they were come by, in words for one log line."""
+
+    schedule: dict | None  # None: no table knows any
+    how: str  # "exact", "nearest bucket", "nearest GPU", "model" or "default"
+    words: str
 
 
-@cache
-def _adjoint(canonical: Canonical):
-    return adjoint(chunk_form(canonical))
+def select(key: Key, entries: tuple[Entry, ...] | None = None) -> Selection:
+    """The choice for a call: deterministic, whatever the order of entries of one device."""
+    fits = [e for e in (tables() if entries is None else entries) if e.key.fixed == key.fixed]
+    here = [e for e in fits if (e.key.device, e.key.processors) == (key.device, key.processors)]
+    if not fits or (key.target == "cpu" and not here):  # another CPU's cores and caches say nothing of this one's
+        return Selection(None, "default", f"no table for {key.device} with {key.processors} processors")
+    best = min(here or fits, key=lambda e: _distance(e, key))
+    if not here:
+        return Selection(best.schedule, "nearest GPU", f"as tuned for {best.key.device}, bucket {best.key.bucket}")
+    if best.key.bucket != key.bucket:
+        return Selection(best.schedule, "nearest bucket", f"as tuned for bucket {best.key.bucket}, not {key.bucket}")
+    return Selection(best.schedule, "exact", f"as tuned for {key.device}, bucket {key.bucket}")
 
 
-def gradients_bytes(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: TrainingSchedule) -> int:
-    """Shared memory that a block of the gradients kernel needs, as the tile IR counts it."""
-    backward = _adjoint(canonical)
-    workspace = Workspace(backward.forward, schedule.chunk_size, dims, dtype)
-    dtypes = {a.name: dtype if a.per_token else "float32" for a in canonical.arguments}
-    return lower_gradients(backward, workspace, schedule, dtypes).shared_bytes
+def _distance(entry: Entry, key: Key) -> tuple:
+    """First the device, then the bucket; of equals the smaller bucket, then what is first in the alphabet."""
+    k = entry.key
+    device = abs(k.processors - key.processors) if k.device != key.device else 0
+    order = json.dumps([entry.schedule, entry.policy], sort_keys=True)
+    return device, k.device, abs(k.bucket - key.bucket), k.bucket, order
 
 
-def chunk_size(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> int:
-    """16 tokens where the midpoint tree is needed or memory is tight, else 32."""
-    if decay_form(canonical, 32, dtype)[0] == DecayForm.TREE or dims["K"] > 128 or len(canonical.streams) > 1:
-        return 16
-    return 32
+def user_tables() -> Path:
+    """Where `kdagen tune publish` puts tables unless told otherwise."""
+    return debug.cache_dir() / "tables"
+
+
+@functools.cache
+def tables() -> tuple[Entry, ...]:
+    """All entries: the user's hide shipped ones of the same key."""
+    found: dict[Key, Entry] = {}
+    for folder in (SHIPPED, user_tables()):
+        for path in sorted(folder.glob("*.json")):
+            found |= {entry.key: entry for entry in read(path)}
+    return tuple(found.values())
+
+
+def read(path: Path) -> list[Entry]:
+    """The entries of one table."""
+    try:
+        data = json.loads(path.read_text())
+        assert data["format"] == FORMAT
+        return [_entry(e) for e in data["entries"]]
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise ArtefactError(
+            f"{path} is not a table of this kdagen (damaged, or of another version): publish it anew, or remove it"
+        ) from None
+
+
+def _entry(fields: dict) -> Entry:
+    key = Key(**{**fields["key"], "head_dim": tuple(fields["key"]["head_dim"])})
+    rest = {n: v for n, v in fields.items() if n not in ("key", "schedule", "policy")}
+    return Entry(key, fields["schedule"], fields["policy"], rest)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdagen.autotune.select import default_decode_schedule, default_schedule, default_training_schedule
+from kdagen.autotune.defaults import default_decode_schedule, default_schedule, default_training_schedule
 from kdagen.codegen.source import OpSource
 from kdagen.codegen.tilelang import render
 from kdagen.derive.adjoint import adjoint

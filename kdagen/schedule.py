@@ -93,6 +93,14 @@ class DecodeSchedule(Choices):
     skeleton: str = "decode"
 
 
+@dataclass(frozen=True)
+class CpuSchedule(Choices):
+    """How the CPU backend runs an op."""
+
+    rows: int = 64  # of a chunk's solve, tokens times streams that read the state: 16, 32, 64 or 128
+    threads: int = 0  # of torch, at most: never more than it has; 0: all that it has
+
+
 def _member(kind: type[Enum], field: str, name: str) -> Enum:
     try:
         return kind(name)

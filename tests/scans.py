@@ -1,6 +1,6 @@
 """The scans of an op in training by themselves, lowered and generated: index, prepare, scan, replay, reverse."""
 
-from kdagen.autotune.select import default_training_schedule
+from kdagen.autotune.defaults import default_training_schedule
 
 from kdagen.codegen.tilelang import render
 from kdagen.derive.adjoint import adjoint
