@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kdagen.autotune.log import Log
 from kdagen.autotune.sweep import Sweep
+
 from kdagen.errors import ArtefactError
 
 FORMAT = 1

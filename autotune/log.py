@@ -1,8 +1,8 @@
 """The log of a sweep: JSON lines that are only ever appended, one a (candidate, rung) or (candidate, rung, workload).
 
-A line is an object with at least "task" (its name), "candidate" (its id), "rung" (of RUNGS), "verdict" (of VERDICTS) and,
-unless it was kept, "reason". Measured lines (those of MEASURED) say under what in "under": kernels, policy, device,
-multiprocessors, versions; a line counts again only where all of that is the same. A process that is killed leaves at
+A line is an object with at least "task" (its name), "candidate" (its id), "rung" (of RUNGS), "verdict" (of VERDICTS)
+and, unless it was kept, "reason". Measured lines (those of MEASURED) say under what in "under": kernels, policy,
+device, processors, versions; a line counts again only where all of that is the same. A process that is killed leaves at
 worst a torn last line, which the next reader skips and the next writer ends.
 """
 

@@ -67,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Workload:
-    """A call's shape: written 1x8192x64 (B x T x H), 1x8192x16/64 (H / HV), 1300+547+2048:64 (ragged lengths : heads)."""
+    """A call's shape, written 1x8192x64 (B x T x H), 1x8192x16/64 (H / HV) or 1300+547+2048:64 (ragged lengths : H)."""
 
     batch: int
     tokens: int  # of each sequence; of a ragged batch all together
