@@ -1,0 +1,187 @@
+"""What a log comes to, line by line: what became of each candidate of a study, and who leads on each shape and machine.
+
+Progress reads it while a sweep runs, why and report afterwards. A line that comes later counts instead of an earlier one
+of the same candidate, rung, shape and machine. Nothing is decided here: what is published is publish's to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kdagen.autotune.log import MEASURED, RUNGS
+from kdagen.autotune.sweep import Study, Sweep, canonical
+
+DEATHS = 3  # after which a candidate is quarantined
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where and how something was measured; figures of two places are never compared."""
+
+    device: str
+    processors: int
+    policy: str
+    versions: str  # canonical JSON
+
+    @staticmethod
+    def of(line: dict) -> Place:
+        under = line.get("under") or {}
+        versions = canonical(under.get("versions") or {})
+        return Place(under.get("device", "?"), under.get("processors", 0), under.get("policy", "?"), versions)
+
+    def __str__(self) -> str:
+        return f"{self.device} ({self.processors} processors), {self.policy}"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A candidate's time on one shape."""
+
+    candidate: str
+    ms: float
+    low: float
+    high: float
+    rung: str  # "screen" or "final"
+
+    @staticmethod
+    def of(line: dict) -> Timed:
+        ms = line["median"] if line["rung"] == "final" else line["ms"]
+        return Timed(line["candidate"], ms, line.get("low", ms), line.get("high", ms), line["rung"])
+
+    def ties(self, other: Timed) -> bool:
+        """Whether their intervals overlap."""
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass(frozen=True)
+class Step:
+    """A rung of the funnel: how many candidates came to it, and what it said to them."""
+
+    rung: str
+    verdicts: dict[str, int]  # by verdict
+    reasons: dict[str, int]  # of those not kept, by kind, the most frequent first
+
+    @property
+    def reached(self) -> int:
+        return sum(self.verdicts.values())
+
+
+class Standing:
+    """All studies of a sweep."""
+
+    def __init__(self, sweep: Sweep, lines: Iterable[dict] = ()):
+        self.sweep = sweep
+        self.studies = {study.task.name: StudyStanding(study) for study in sweep.studies}
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: dict) -> None:
+        if (study := self.studies.get(line.get("task"))) is not None:
+            study.add(line)
+
+
+class StudyStanding:
+    """One study: its lines by rung and candidate."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.lines: dict[str, dict[str, dict[tuple, dict]]] = {rung: {} for rung in RUNGS}
+        self.deaths: Counter[str] = Counter()
+        self.default: str | None = None
+        self.places: dict[Place, None] = {}  # in the order in which they came
+
+    def add(self, line: dict) -> None:
+        rung, candidate, key = line["rung"], line["candidate"], ()
+        if rung in MEASURED:
+            key = (Place.of(line), line.get("workload", ""))
+            self.places[key[0]] = None
+        self.lines[rung].setdefault(candidate, {})[key] = line
+        self.deaths[candidate] += "death" in line
+        if line.get("default"):
+            self.default = candidate
+
+    # -- candidates ---------------------------------------------------------------------------------------------------
+
+    def model(self, candidate: str | None) -> dict:
+        """Its line at the rung of the model; empty where there is none."""
+        return self.lines["model"].get(candidate, {}).get((), {})
+
+    def difference(self, candidate: str) -> str:
+        """Its schedule, as people say it: where it differs from the default."""
+        default, own = self.model(self.default).get("schedule", {}), self.model(candidate).get("schedule", {})
+        if candidate == self.default:
+            return "the default"
+        return ", ".join(f"{n} {own[n]}" for n in sorted(own) if n not in default or own[n] != default[n]) or candidate
+
+    def twin(self, candidate: str) -> str:
+        """The candidate that was measured in its place, where their binaries are the same."""
+        return self.lines["identical"].get(candidate, {}).get((), {}).get("same_as", candidate)
+
+    @property
+    def quarantined(self) -> list[str]:
+        return sorted(c for c, deaths in self.deaths.items() if deaths >= DEATHS)
+
+    @property
+    def audited(self) -> list[str]:
+        """What the model rejected and is tried all the same."""
+        return sorted(c for c in self.lines["model"] if self.model(c).get("audit"))
+
+    # -- times --------------------------------------------------------------------------------------------------------
+
+    def times(self, place: Place, workload: str) -> dict[str, Timed]:
+        """The time of each candidate that is right there: of its final, else of its screening."""
+        found = {}
+        for rung in ("screen", "final"):
+            for candidate, lines in self.lines[rung].items():
+                line = lines.get((place, workload))
+                if line and line["verdict"] != "failed" and not self._wrong(candidate, place):
+                    found[candidate] = Timed.of(line)
+        return {c: t for c, t in found.items() if c not in self.quarantined}
+
+    def ranking(self, place: Place, workload: str) -> list[Timed]:
+        """Those that finished, the fastest first: of the finals where there were any."""
+        times = self.times(place, workload).values()
+        finals = [t for t in times if t.rung == "final"]
+        return sorted(finals or times, key=lambda t: (t.ms, t.candidate != self.default, t.candidate))
+
+    def _wrong(self, candidate: str, place: Place) -> bool:
+        checks = self.lines["correct"].get(candidate, {})
+        return any(line["verdict"] == "failed" for (where, _), line in checks.items() if where == place)
+
+    def roofline(self, timed: Timed, workload: str) -> float | None:
+        """The part of the least possible time, as the model has it, in the time that was measured."""
+        bound = (self.model(timed.candidate).get("bound_ms") or {}).get(workload)
+        return bound / timed.ms if bound else None
+
+    # -- what became of them ------------------------------------------------------------------------------------------
+
+    def funnel(self) -> list[Step]:
+        """The rungs that were reached, in order."""
+        return [self._step(rung) for rung in RUNGS if self.lines[rung]]
+
+    def _step(self, rung: str) -> Step:
+        verdicts, reasons = Counter(), Counter()
+        for candidate in self.lines[rung]:
+            line = self.verdict(rung, candidate)
+            verdicts[line["verdict"]] += 1
+            if line["verdict"] != "kept":
+                reasons[line.get("constraint") or kind(line["reason"])] += 1
+        return Step(rung, dict(verdicts), dict(sorted(reasons.items(), key=lambda r: (-r[1], r[0]))))
+
+    def verdict(self, rung: str, candidate: str) -> dict:
+        """Its one line there: of several shapes a failure first, then a success."""
+        order = ("failed", "kept", "rejected")
+        return min(self.lines[rung][candidate].values(), key=lambda line: order.index(line["verdict"]))
+
+    def failures(self) -> list[dict]:
+        """The last line of every candidate and rung that ended in a failure, in the order of the rungs."""
+        lines = [self.verdict(rung, candidate) for rung in RUNGS for candidate in sorted(self.lines[rung])]
+        return [line for line in lines if line["verdict"] == "failed"]
+
+
+def kind(reason: str) -> str:
+    """A reason without its figures, so that those of one kind count as one."""
+    return re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", reason)
