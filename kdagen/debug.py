@@ -30,3 +30,12 @@ def cache_dir() -> Path:
 def build_dir() -> Path:
     """KDAGEN_BUILD_DIR, or kdagen_ops in the working directory."""
     return Path(os.environ.get("KDAGEN_BUILD_DIR") or "kdagen_ops").expanduser()
+
+
+def one_gpu(number: int) -> dict[str, str]:
+    """The environment for a process that is to see only this one of the GPUs that this process sees, as its first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": visible[number] if number < len(visible) and visible[0] else str(number),
+    }
