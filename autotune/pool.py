@@ -109,9 +109,10 @@ class Worker:
 
 
 def _read(stdout, replies: queue.SimpleQueue) -> None:
-    """Passes on lines, then None: a pipe that something outlives must not keep its reader waiting for ever."""
+    """Passes on whole lines, then None. A thread, since a hung process may keep its pipe open whatever befalls it."""
     for line in stdout:
-        replies.put(line)
+        if line.endswith("\n"):
+            replies.put(line)
     replies.put(None)
 
 

@@ -34,8 +34,6 @@ def build_dir() -> Path:
 
 def one_gpu(number: int) -> dict[str, str]:
     """The environment for a process that is to see only this one of the GPUs that this process sees, as its first."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": visible[number] if number < len(visible) and visible[0] else str(number),
-    }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible is not None else [str(number)] * (number + 1)
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": names[number] if number < len(names) else ""}
