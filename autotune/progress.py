@@ -1,8 +1,8 @@
 """`say`: what a sweep tells people while it runs; a live display on a terminal, plain lines elsewhere, or nothing.
 
 say(line)               a line was appended to the log
-say.stage(name, total)  work begins that has so many steps: the lines of that rung where the name is a rung's, else the
-                        lines that end what a candidate does for now (rejected, failed, or kept on one of the rungs ENDS)
+say.stage(name, total)  work begins that has so many steps: lines of that rung where the name is a rung's, else lines
+                        that end what a candidate does for now (rejected, failed, or kept on one of the rungs ENDS)
 say.note(text)          something worth a line of its own: a worker that is started again, a sweep that goes on
 
 Each may be called from several threads, and is a context manager, for the length of the work.

@@ -1,7 +1,7 @@
-"""What a log comes to, line by line: what became of each candidate of a study, and who leads on each shape and machine.
+"""What a log comes to, line by line: what became of each candidate, and who leads on each shape and machine.
 
-Progress reads it while a sweep runs, why and report afterwards. A line that comes later counts instead of an earlier one
-of the same candidate, rung, shape and machine. Nothing is decided here: what is published is publish's to say.
+Progress reads it while a sweep runs, why and report afterwards. A later line counts instead of an earlier one of the
+same candidate, rung, shape and machine. Nothing is decided here: what is published is publish's to say.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Step:
 
     rung: str
     verdicts: dict[str, int]  # by verdict
-    reasons: dict[str, int]  # of those not kept, by kind, the most frequent first
+    reasons: tuple[tuple[int, str], ...]  # of those not kept: how many of each kind, and one of them as it was said
 
     @property
     def reached(self) -> int:
@@ -156,6 +156,27 @@ class StudyStanding:
         bound = (self.model(timed.candidate).get("bound_ms") or {}).get(workload)
         return bound / timed.ms if bound else None
 
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def pick(self, workload: str) -> str | None:
+        """What the model alone would run: the least time predicted."""
+        predicted = {c: (self.model(c).get("predicted_ms") or {}).get(workload) for c in self.lines["model"]}
+        known = {c: ms for c, ms in predicted.items() if ms is not None}
+        return min(known, key=lambda c: (known[c], c != self.default, c)) if known else None
+
+    def pick_ratio(self, place: Place, workload: str) -> float | None:
+        """The time of the model's pick over the best that was measured."""
+        times, pick = self.times(place, workload), self.pick(workload)
+        picked = times.get(self.twin(pick)) if pick else None
+        return picked.ms / min(t.ms for t in times.values()) if picked else None
+
+    def audit(self, place: Place, workload: str) -> tuple[list[str], list[str]]:
+        """Of what the model rejected, what was timed all the same, and what of it beats all that the model kept."""
+        times = self.times(place, workload)
+        tried = [c for c in self.audited if self.twin(c) in times]
+        best = min((t.ms for c, t in times.items() if c not in tried), default=float("inf"))
+        return tried, [c for c in tried if times[self.twin(c)].ms < best]
+
     # -- what became of them ------------------------------------------------------------------------------------------
 
     def funnel(self) -> list[Step]:
@@ -163,13 +184,12 @@ class StudyStanding:
         return [self._step(rung) for rung in RUNGS if self.lines[rung]]
 
     def _step(self, rung: str) -> Step:
-        verdicts, reasons = Counter(), Counter()
-        for candidate in self.lines[rung]:
-            line = self.verdict(rung, candidate)
-            verdicts[line["verdict"]] += 1
-            if line["verdict"] != "kept":
-                reasons[line.get("constraint") or kind(line["reason"])] += 1
-        return Step(rung, dict(verdicts), dict(sorted(reasons.items(), key=lambda r: (-r[1], r[0]))))
+        lines = [self.verdict(rung, candidate) for candidate in self.lines[rung]]
+        verdicts = Counter(line["verdict"] for line in lines)
+        out = [line.get("constraint") or line["reason"] for line in lines if line["verdict"] != "kept"]
+        kinds, examples = Counter(map(kind, out)), {kind(reason): reason for reason in sorted(out, reverse=True)}
+        reasons = tuple((n, examples[k]) for k, n in sorted(kinds.items(), key=lambda r: (-r[1], r[0])))
+        return Step(rung, dict(verdicts), reasons)
 
     def verdict(self, rung: str, candidate: str) -> dict:
         """Its one line there: of several shapes a failure first, then a success."""

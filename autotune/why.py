@@ -1,0 +1,114 @@
+"""`kdagen tune why`: for each study, shape and machine who won and by how much, what limits it, and the funnel.
+
+Text for people, of a folder at any stage; the page with plots is kdagen.autotune.report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from kdagen.autotune.folder import Folder
+from kdagen.autotune.progress import milliseconds
+from kdagen.autotune.standing import Place, Standing, StudyStanding, Timed
+
+
+def why(folder: Folder) -> str:
+    """What the folder's log says, in words."""
+    standing = Standing(folder.sweep, folder.log)
+    parts = [_study(name, study) for name, study in standing.studies.items()]
+    return "\n".join(line for part in parts for line in [*part, ""])
+
+
+def _study(name: str, study: StudyStanding) -> Iterator[str]:
+    task = study.study.task
+    dims = f"K = {task.head_dim[0]}, V = {task.head_dim[1]}"
+    states = f"states {task.state.layout} {task.state.dtype}"
+    yield name
+    yield f"  {task.op} for {task.purpose} on {task.device}, {dims}, {task.dtype}, {states}"
+    if not study.places:
+        yield from ["", f"  not measured yet; next: {_next(study)}"]
+    for place in study.places:
+        yield from ["", f"  measured on {place}; {versions(place)}"]
+        for workload in map(str, study.study.workloads):
+            yield from (f"    {line}" for line in _shape(study, place, workload))
+    yield from ["", "  funnel", *(f"    {line}" for line in funnel(study))]
+    yield from _failures(study)
+
+
+def _next(study: StudyStanding) -> str:
+    if not study.lines["model"]:
+        return "`kdagen tune plan`"
+    ready = study.lines["identical"] or study.study.task.target == "cpu"
+    return "`kdagen tune measure`" if ready else "`kdagen tune compile`"
+
+
+def _shape(study: StudyStanding, place: Place, workload: str) -> Iterator[str]:
+    ranking = study.ranking(place, workload)
+    if not ranking:
+        yield f"{workload}: not measured yet"
+        return
+    best, default = ranking[0], study.times(place, workload).get(study.default)
+    yield f"{workload}: {'finals' if best.rung == 'final' else 'screened only'}"
+    yield f"  winner     {timed(best)}  {study.difference(best.candidate)}"
+    for second in ranking[1:2]:
+        tie = ", a tie: the intervals overlap" if best.ties(second) else ""
+        slower = f"{second.ms / best.ms - 1:.1%} slower{tie}"
+        yield f"  runner-up  {timed(second)}  {study.difference(second.candidate)}; {slower}"
+    if default and default is not best:
+        yield f"  default    {timed(default)}  the winner is {default.ms / best.ms:.2f}x as fast"
+    yield from (f"  {line}" for line in _model(study, place, workload, best))
+
+
+def _model(study: StudyStanding, place: Place, workload: str, best: Timed) -> Iterator[str]:
+    limiter = (study.model(best.candidate).get("limiter") or {}).get(workload)
+    if part := study.roofline(best, workload):
+        yield f"limiter    {limiter}, by the model; {part:.0%} of roofline"
+    if pick := study.pick(workload):
+        ratio = study.pick_ratio(place, workload)
+        what = f"{ratio:.2f}x the best measured" if ratio else f"not timed ({_fate(study, study.twin(pick))})"
+        yield f"model      its own pick, {study.difference(pick)}: {what}"
+    tried, faster = study.audit(place, workload)
+    if tried:
+        trust = "do not trust it here" if faster else "it may be trusted here"
+        timed = f"{len(tried)} of the model's rejects timed, {len(faster)} faster than all that it kept"
+        yield f"audit      {timed}: {trust}"
+
+
+def _fate(study: StudyStanding, candidate: str) -> str:
+    """The last that is known of a candidate."""
+    rung = [rung for rung in study.lines if candidate in study.lines[rung]][-1]
+    return study.verdict(rung, candidate).get("reason") or f"{rung} was its last rung"
+
+
+def funnel(study: StudyStanding) -> list[str]:
+    """How many candidates came to each rung, and why they went no further."""
+    lines = [f"{'rung':<10}{'came':>6}{'kept':>6}{'rejected':>10}{'failed':>8}"]
+    for step in study.funnel():
+        counts = step.verdicts.get("kept", 0), step.verdicts.get("rejected", 0), step.verdicts.get("failed", 0)
+        reasons = "; ".join(f"{n}: {reason}" for n, reason in step.reasons)
+        figures = f"{step.rung:<10}{step.reached:>6}{counts[0]:>6}{counts[1]:>10}{counts[2]:>8}"
+        lines.append(f"{figures}  {reasons}".rstrip())
+    return lines
+
+
+def _failures(study: StudyStanding) -> Iterator[str]:
+    """Each failure, and what is not tried again."""
+    failures = study.failures()
+    if failures:
+        yield from ["", "  failures"]
+    for line in failures:
+        candidate = line["candidate"]
+        again = f"; quarantined after {study.deaths[candidate]} deaths" if candidate in study.quarantined else ""
+        yield f"    {line['rung']:<10}{candidate}  {study.difference(candidate)}: {line['reason']}{again}"
+
+
+def timed(time: Timed) -> str:
+    """A time with its interval."""
+    interval = f" ({time.low:.3g} to {time.high:.3g})" if time.rung == "final" else ""
+    return f"{milliseconds(time.ms)}{interval}"
+
+
+def versions(place: Place) -> str:
+    """What it was measured with."""
+    return ", ".join(f"{name} {version}" for name, version in json.loads(place.versions).items()) or "versions unknown"
