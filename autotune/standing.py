@@ -184,11 +184,16 @@ class StudyStanding:
         return [self._step(rung) for rung in RUNGS if self.lines[rung]]
 
     def _step(self, rung: str) -> Step:
-        lines = [self.verdict(rung, candidate) for candidate in self.lines[rung]]
-        verdicts = Counter(line["verdict"] for line in lines)
-        out = [line.get("constraint") or line["reason"] for line in lines if line["verdict"] != "kept"]
-        kinds, examples = Counter(map(kind, out)), {kind(reason): reason for reason in sorted(out, reverse=True)}
-        reasons = tuple((n, examples[k]) for k, n in sorted(kinds.items(), key=lambda r: (-r[1], r[0])))
+        verdicts, kinds, examples = Counter(), Counter(), {}
+        if rung == "space":  # which logs rejections alone: what came to the model was kept
+            verdicts["kept"] = len(self.lines["model"])
+        for line in (self.verdict(rung, candidate) for candidate in sorted(self.lines[rung])):
+            count = line.get("candidates", 1)  # a line of the space may be about several
+            verdicts[line["verdict"]] += count
+            if line["verdict"] != "kept":
+                reason = line.get("constraint") or line["reason"]
+                kinds[examples.setdefault(kind(reason), reason)] += count
+        reasons = tuple((n, reason) for reason, n in sorted(kinds.items(), key=lambda r: (-r[1], r[0])))
         return Step(rung, dict(verdicts), reasons)
 
     def verdict(self, rung: str, candidate: str) -> dict:

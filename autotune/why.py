@@ -31,9 +31,13 @@ def _study(name: str, study: StudyStanding) -> Iterator[str]:
     for place in study.places:
         yield from ["", f"  measured on {place}; {versions(place)}"]
         for workload in map(str, study.study.workloads):
-            yield from (f"    {line}" for line in _shape(study, place, workload))
+            yield f"    {workload}"
+            yield from (f"      {label:<11}{text}" for label, text in shape(study, place, workload))
     yield from ["", "  funnel", *(f"    {line}" for line in funnel(study))]
-    yield from _failures(study)
+    if failed := failures(study):
+        yield from ["", "  failures"]
+    for rung, candidate, schedule, what in failed:
+        yield f"    {rung:<10}{candidate}  {schedule}: {what}"
 
 
 def _next(study: StudyStanding) -> str:
@@ -43,36 +47,37 @@ def _next(study: StudyStanding) -> str:
     return "`kdagen tune measure`" if ready else "`kdagen tune compile`"
 
 
-def _shape(study: StudyStanding, place: Place, workload: str) -> Iterator[str]:
+def shape(study: StudyStanding, place: Place, workload: str) -> Iterator[tuple[str, str]]:
+    """What is to be said of one shape on one machine: labels and texts."""
     ranking = study.ranking(place, workload)
     if not ranking:
-        yield f"{workload}: not measured yet"
+        yield "winner", "none: not measured yet"
         return
     best, default = ranking[0], study.times(place, workload).get(study.default)
-    yield f"{workload}: {'finals' if best.rung == 'final' else 'screened only'}"
-    yield f"  winner     {timed(best)}  {study.difference(best.candidate)}"
+    screened = "" if best.rung == "final" else "; screened only, no final yet"
+    yield "winner", f"{timed(best)}  {study.difference(best.candidate)}{screened}"
     for second in ranking[1:2]:
         tie = ", a tie: the intervals overlap" if best.ties(second) else ""
         slower = f"{second.ms / best.ms - 1:.1%} slower{tie}"
-        yield f"  runner-up  {timed(second)}  {study.difference(second.candidate)}; {slower}"
+        yield "runner-up", f"{timed(second)}  {study.difference(second.candidate)}; {slower}"
     if default and default is not best:
-        yield f"  default    {timed(default)}  the winner is {default.ms / best.ms:.2f}x as fast"
-    yield from (f"  {line}" for line in _model(study, place, workload, best))
+        yield "default", f"{timed(default)}  the winner is {default.ms / best.ms:.2f}x as fast"
+    yield from _model(study, place, workload, best)
 
 
-def _model(study: StudyStanding, place: Place, workload: str, best: Timed) -> Iterator[str]:
+def _model(study: StudyStanding, place: Place, workload: str, best: Timed) -> Iterator[tuple[str, str]]:
     limiter = (study.model(best.candidate).get("limiter") or {}).get(workload)
     if part := study.roofline(best, workload):
-        yield f"limiter    {limiter}, by the model; {part:.0%} of roofline"
+        yield "limiter", f"{limiter}, by the model; {part:.0%} of roofline"
     if pick := study.pick(workload):
         ratio = study.pick_ratio(place, workload)
         what = f"{ratio:.2f}x the best measured" if ratio else f"not timed ({_fate(study, study.twin(pick))})"
-        yield f"model      its own pick, {study.difference(pick)}: {what}"
+        yield "model", f"untuned, its pick is {study.difference(pick)}: {what}"
     tried, faster = study.audit(place, workload)
     if tried:
         trust = "do not trust it here" if faster else "it may be trusted here"
         timed = f"{len(tried)} of the model's rejects timed, {len(faster)} faster than all that it kept"
-        yield f"audit      {timed}: {trust}"
+        yield "audit", f"{timed}: {trust}"
 
 
 def _fate(study: StudyStanding, candidate: str) -> str:
@@ -92,15 +97,41 @@ def funnel(study: StudyStanding) -> list[str]:
     return lines
 
 
-def _failures(study: StudyStanding) -> Iterator[str]:
-    """Each failure, and what is not tried again."""
-    failures = study.failures()
-    if failures:
-        yield from ["", "  failures"]
-    for line in failures:
-        candidate = line["candidate"]
-        again = f"; quarantined after {study.deaths[candidate]} deaths" if candidate in study.quarantined else ""
-        yield f"    {line['rung']:<10}{candidate}  {study.difference(candidate)}: {line['reason']}{again}"
+def failures(study: StudyStanding) -> list[tuple[str, str, str, str]]:
+    """Rung, candidate, schedule and what happened, of each failure."""
+    return [
+        (line["rung"], line["candidate"], study.difference(line["candidate"]), f"{line['reason']}{_again(study, line)}")
+        for line in study.failures()
+    ]
+
+
+def _again(study: StudyStanding, line: dict) -> str:
+    deaths = study.deaths[line["candidate"]]
+    return f"; quarantined after {deaths} deaths" if line["candidate"] in study.quarantined else ""
+
+
+def conditions(study: StudyStanding, place: Place) -> list[tuple[str, str]]:
+    """What was so while finals were timed: versions, clocks, temperature, throttling, load; each by all its values."""
+    lines = (lines.get((place, str(w))) for lines in study.lines["final"].values() for w in study.study.workloads)
+    states = [line.get("state") or {} for line in lines if line]
+    seen: dict[str, set] = {}
+    for name, value in (pair for state in states for when in state.values() for pair in _flat(when)):
+        seen.setdefault(name, set()).add(value)
+    return [("versions", versions(place)), *((name, _range(values)) for name, values in seen.items())]
+
+
+def _flat(state: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        else:
+            yield prefix + name, ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+
+
+def _range(values: set) -> str:
+    if all(isinstance(v, int | float) for v in values):
+        return " to ".join(f"{v:g}" for v in sorted({min(values), max(values)}))
+    return "; ".join(sorted(map(str, values)))
 
 
 def timed(time: Timed) -> str:

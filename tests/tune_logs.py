@@ -14,7 +14,8 @@ SHAPES = tuple(map(Workload.parse, ("1x8192x64", "1x8192x12")))
 STEPS = (Workload.parse("64x1x32"),)
 SWEEP = Sweep((Study(INFERENCE, SHAPES), Study(DECODE, STEPS)), policy=Policy("graph", "cold"))
 DEVICE = {"device": "A made-up GPU", "processors": 132, "versions": {"cuda": "13.0", "tilelang": "0.1.15"}}
-STATE = {"clock_mhz": 1755, "temperature": 51, "throttling": "none"}
+BEFORE = {"clocks": {"sm": 1755, "memory": 2619}, "temperature": 51, "throttling": [], "load": 0.1}
+STATE = {"before": BEFORE, "after": {**BEFORE, "temperature": 57}}
 BOUND = {"1x8192x64": 0.3, "1x8192x12": 0.1, "64x1x32": 0.09}
 
 
