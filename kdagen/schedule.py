@@ -93,12 +93,24 @@ class DecodeSchedule(Choices):
     skeleton: str = "decode"
 
 
+CPU_ROWS = (16, 32, 64, 128)
+
+
 @dataclass(frozen=True)
 class CpuSchedule(Choices):
-    """How the CPU backend runs an op."""
+    """How the CPU backend runs an op; decoding, which has no chunks, takes only `threads`."""
 
-    rows: int = 64  # of a chunk's solve, tokens times streams that read the state: 16, 32, 64 or 128
+    rows: int = 64  # of a chunk's solve, tokens times streams that read the state: one of CPU_ROWS
+    span: int = 1  # times as many tokens are prepared at once as commonly: fewer, larger ops, and as much more scratch
     threads: int = 0  # of torch, at most: never more than it has; 0: all that it has
+
+    def __post_init__(self):
+        legal = {"rows": self.rows in CPU_ROWS, "span": self.span > 0, "threads": self.threads >= 0}
+        if bad := [f"{name} = {getattr(self, name)}" for name, good in legal.items() if not good]:
+            raise ScheduleError(
+                f"{', '.join(bad)}: expected rows among {', '.join(map(str, CPU_ROWS))}, span from 1 on, and threads "
+                f"from 1 on or 0 for all"
+            )
 
 
 def _member(kind: type[Enum], field: str, name: str) -> Enum:

@@ -19,8 +19,8 @@ class AdjointInterpreter(Values):
 
     keep_levels = True
 
-    def __init__(self, adjoint: Adjoint, tensors: dict, chunk_size: int, dtype=None):
-        super().__init__(adjoint.forward.canonical, tensors, chunk_size, dtype)
+    def __init__(self, adjoint: Adjoint, tensors: dict, chunk_size: int, dtype=None, wider: int = 1):
+        super().__init__(adjoint.forward.canonical, tensors, chunk_size, dtype, wider)
         self.adjoint = adjoint
         self.expect((*adjoint.recompute, *adjoint.gradients), adjoint.reverse)
         read = {v for op in adjoint.gradients for v in reads(op)} | {v for _, v in adjoint.results}
@@ -41,7 +41,7 @@ class AdjointInterpreter(Values):
         `d_out` is [B, T, HV, V], and `states` hold the state before each chunk of theirs.
         """
         first, end = tokens or (0, self.size["T"])
-        step = self.span_tokens(SPAN_ELEMENTS)
+        step = self.span_tokens(self.wider * SPAN_ELEMENTS)
         for start in reversed(range(first, end, step)):
             self.begin(start, min(end, start + step))
             self.span(states[(start - first) // self.chunk :][: self.n], d_state, d_out)

@@ -26,8 +26,8 @@ def interpret(program: Program, tensors: dict, initial_state=None, chunk_size: i
 class Interpreter(Values):
     """One run of a program, on all tokens of its tensors or on some of them."""
 
-    def __init__(self, program: Program, tensors: dict, chunk_size: int, dtype=None):
-        super().__init__(program.canonical, tensors, chunk_size, dtype)
+    def __init__(self, program: Program, tensors: dict, chunk_size: int, dtype=None, wider: int = 1):
+        super().__init__(program.canonical, tensors, chunk_size, dtype, wider)
         self.program = program
         self.steps, self.in_place = chunk_steps(program)
         self.expect(program.prepare, self.steps)
@@ -44,7 +44,7 @@ class Interpreter(Values):
         state before each chunk of theirs into `states`.
         """
         first, end = tokens or (0, self.size["T"])
-        step = self.span_tokens(SPAN_ELEMENTS)
+        step = self.span_tokens(self.wider * SPAN_ELEMENTS)
         for start in range(first, end, step):
             self.begin(start, min(end, start + step))
             self.span(state.unsqueeze(0), out, None if states is None else states[(start - first) // self.chunk :])

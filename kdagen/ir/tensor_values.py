@@ -56,14 +56,17 @@ class Arena:
 
 
 class Values:
-    """Shapes, scratch, and the values of the span of tokens at hand, each made by its op's handler."""
+    """Shapes, scratch, and the values of the span of tokens at hand, each made by its op's handler.
+
+    Spans may be so many times `wider` than they commonly are: fewer and larger ops, and scratch as much larger.
+    """
 
     keep_levels = False  # whether trees keep what their adjoint reads
 
-    def __init__(self, canonical: Canonical, tensors: dict, chunk_size: int, dtype=None):
+    def __init__(self, canonical: Canonical, tensors: dict, chunk_size: int, dtype=None, wider: int = 1):
         if chunk_size < 1 or chunk_size & (chunk_size - 1):
             raise ArgumentError(f"chunk_size = {chunk_size}: expected a power of two, such as 16, 32 or 64")
-        self.canonical, self.chunk = canonical, chunk_size
+        self.canonical, self.chunk, self.wider = canonical, chunk_size, wider
         self.turn_to(tensors)
         first = next(iter(tensors.values()))
         self.arena = Arena(first.new_empty(0, dtype=dtype or first.dtype))

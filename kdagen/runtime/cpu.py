@@ -11,28 +11,39 @@ from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
+from kdagen.errors import ArgumentError
 from kdagen.ir.tensor import Adjoint, Program
 from kdagen.ir.tensor_values import sizes
+from kdagen.runtime.cpu_schedule import at_most
+from kdagen.schedule import CpuSchedule
 
 ALIGNED = 16  # channels
-ROWS = 64  # of a chunk's solve: the fastest of 16, 32 and 64 at every length in benchmarks/cpu_op.py
+ROWS = CpuSchedule().rows  # unless a schedule says otherwise
 
 
-def run(program: Program, tensors: dict, initial_state=None, out_dtype=None, ends=None, every: int = 0) -> tuple:
+def run(
+    program: Program, tensors: dict, initial_state=None, out_dtype=None, ends=None, every: int = 0,
+    schedule: CpuSchedule | None = None,
+) -> tuple:  # fmt: skip
     """Output [B, T, HV, V] in `out_dtype` (that of what is computed unless given) and final state [N, HV, K, V].
 
     Half floats are computed in float32, which is then the state's dtype; float64 stays float64. `ends` are those of a
     ragged batch's sequences, 0 first. The third result, None without `every`, holds the states after so many tokens
     each, [B, T // every, ...].
     """
-    return Forward(program, tensors, ends).run(initial_state, out_dtype, every)
+    forward = Forward(program, tensors, ends, schedule)
+    with at_most(forward.threads):
+        return forward.run(initial_state, out_dtype, every)
 
 
-def run_keeping(program: Program, tensors: dict, initial_state=None, out_dtype=None, ends=None) -> tuple:
-    """Output, final state, and the state before each chunk, [chunk, 1, HV, K, V], for `backward`."""
-    forward = Forward(program, tensors, ends)
+def run_keeping(
+    program: Program, tensors: dict, initial_state=None, out_dtype=None, ends=None, schedule: CpuSchedule | None = None
+) -> tuple:
+    """Output, final state, and the state before each chunk, [chunk, 1, HV, K, V], for `backward` by this schedule."""
+    forward = Forward(program, tensors, ends, schedule)
     states = forward.new_states()
-    return *forward.run(initial_state, out_dtype, states=states)[:2], states
+    with at_most(forward.threads):
+        return *forward.run(initial_state, out_dtype, states=states)[:2], states
 
 
 class Group(NamedTuple):
@@ -55,7 +66,9 @@ class Group(NamedTuple):
 class Sequences:
     """The tensors of a batch with all tokens in a row, and the interpreters that suit its sequences."""
 
-    def __init__(self, program: Program, tensors: dict, ends=None):
+    def __init__(self, program: Program, tensors: dict, ends=None, schedule: CpuSchedule | None = None):
+        chosen = schedule or CpuSchedule(rows=ROWS)
+        self.rows, self.wider, self.threads = chosen.rows, chosen.span, chosen.threads
         self.program, self.given, self.ragged = program, tensors, ends is not None
         self.per_token = {a.name for a in program.canonical.arguments if a.per_token}
         self.b, self.t = next(tensors[name].shape[:2] for name in self.per_token)
@@ -92,7 +105,7 @@ class Sequences:
 
     def suited(self, tokens: int, group: Group | None = None):
         """The interpreter with the chunks that suit so many tokens, of a group or of all."""
-        chunk = chunk_size(tokens, self.solving)
+        chunk = chunk_size(tokens, self.solving, self.rows)
         given = self.given if group is None else self.of(group, self.tensors)
         if chunk not in self.by_chunk:
             self.by_chunk[chunk] = self.make(given, chunk)
@@ -102,11 +115,11 @@ class Sequences:
     def make(self, tensors: dict, chunk: int):
         from kdagen.ir.tensor_interpret import Interpreter
 
-        return Interpreter(self.program, tensors, chunk, computed_in(tensors))
+        return Interpreter(self.program, tensors, chunk, computed_in(tensors), self.wider)
 
     def new(self, *dims, dtype=None):
         """A tensor in the dtype of what is computed."""
-        some = self.suited(ROWS)
+        some = self.suited(self.rows)
         return some.arena.like.new_empty([some.size.get(dim, dim) for dim in dims], dtype=dtype)
 
     def kept(self, states, chunk: int, run, group: Group) -> tuple:
@@ -119,10 +132,14 @@ class Sequences:
         state = self.new(len(self.ends) - 1, "HV", "K", "V")
         return state.zero_() if given is None else state.copy_(given)
 
+    @property
+    def chunks(self) -> int:
+        """Of which the state before each is kept."""
+        return kept_chunks(self.b, self.t, len(self.ends) - 1 if self.ragged else None, self.solving, self.rows)
+
     def new_states(self):
         """Where the state before each chunk is kept."""
-        chunks = kept_chunks(self.b, self.t, len(self.ends) - 1 if self.ragged else None, self.solving)
-        states = self.new(chunks, 1, "HV", "K", "V")
+        states = self.new(self.chunks, 1, "HV", "K", "V")
         return states.zero_() if self.ragged else states  # for all lengths, and so for more chunks than there may be
 
 
@@ -171,42 +188,51 @@ def adjoint_of(program: Program) -> Adjoint:
     return adjoint(program, carried(program.prepare))
 
 
-def backward(adjoint: Adjoint, tensors: dict, initial_state, d_out, d_final_state, states=None, ends=None) -> tuple:
+def backward(
+    adjoint: Adjoint, tensors: dict, initial_state, d_out, d_final_state, states=None, ends=None,
+    schedule: CpuSchedule | None = None,
+) -> tuple:  # fmt: skip
     """Gradients by argument name, in the argument's shape, and that of the initial state [N, HV, K, V].
 
     `d_out` [B, T, HV, V] and `d_final_state` [N, HV, K, V] may be None, which is zero. `states` are those of
-    `run_keeping`; without them they are computed again. Gradients are in the dtype of the argument, those of
-    parameters in that of what is computed.
+    `run_keeping` by the same schedule; without them they are computed again. Gradients are in the dtype of the
+    argument, those of parameters in that of what is computed.
     """
     import torch
 
-    if states is None:
-        forward = Forward(replace(adjoint.forward, output=()), tensors, ends)
-        states = forward.new_states()
-        forward.run(initial_state, states=states, output=False)
-    with torch.no_grad():
-        return Backward(adjoint, tensors, ends).run(d_out, d_final_state, states)
+    run = Backward(adjoint, tensors, ends, schedule)
+    with torch.no_grad(), at_most(run.threads):
+        if states is None:
+            forward = Forward(replace(adjoint.forward, output=()), tensors, ends, schedule)
+            states = forward.new_states()
+            forward.run(initial_state, states=states, output=False)
+        return run.run(d_out, d_final_state, states)
 
 
 class Backward(Sequences):
     """One run of an adjoint on the sequences of a batch."""
 
-    def __init__(self, adjoint: Adjoint, tensors: dict, ends=None):
-        super().__init__(adjoint.forward, tensors, ends)
+    def __init__(self, adjoint: Adjoint, tensors: dict, ends=None, schedule: CpuSchedule | None = None):
+        super().__init__(adjoint.forward, tensors, ends, schedule)
         self.adjoint = adjoint
 
     def make(self, tensors: dict, chunk: int):
         from kdagen.ir.adjoint_interpret import AdjointInterpreter
 
-        return AdjointInterpreter(self.adjoint, tensors, chunk, computed_in(tensors))
+        return AdjointInterpreter(self.adjoint, tensors, chunk, computed_in(tensors), self.wider)
 
     def run(self, d_out, d_final_state, states) -> tuple:
         """Gradients, and that of the initial state."""
+        if len(states) != self.chunks:
+            raise ArgumentError(
+                f"{self.program.canonical.name}: the forward kept {len(states)} states, expected {self.chunks} with "
+                f"rows = {self.rows}: run forward and backward by one CpuSchedule"
+            )
         zero = self.new(1).zero_()
         d_out = zero.expand(1, 1, 1) if d_out is None else d_out.flatten(0, 1)
         d_out = d_out.expand(self.b * self.t, *self.new(0, "HV", "V").shape[1:])
         d_state, chunk = self.new_state(d_final_state), 0
-        gradients = self.suited(ROWS).new_gradients()
+        gradients = self.suited(self.rows).new_gradients()
         packed = {n: x.flatten(0, 1) if n in self.per_token else x for n, x in gradients.items()}
         for group in self.groups:
             run = self.suited(group.length, group)
@@ -223,18 +249,18 @@ def computed_in(tensors: dict):
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors.values()) else torch.float32
 
 
-def chunk_size(tokens: int, solving: int) -> int:
-    """A power of two: no more than the sequence fills, nor than gives ROWS rows for that many solving streams.
+def chunk_size(tokens: int, solving: int, rows: int | None = None) -> int:
+    """A power of two: no more than the sequence fills, nor than gives `rows` rows for that many solving streams.
 
-    From ROWS tokens on it does not depend on the length, so that neither do the bits of an output.
+    From `rows` tokens on it does not depend on the length, so that neither do the bits of an output.
     """
-    most, chunk = ROWS >> (max(solving, 1) - 1).bit_length(), 1
+    most, chunk = (rows or ROWS) >> (max(solving, 1) - 1).bit_length(), 1
     while chunk < most and chunk < tokens:  # comparisons alone: torch's compiler asks for any number of tokens
         chunk *= 2
     return chunk
 
 
-def kept_chunks(batch: int, tokens: int, ragged: int | None, solving: int) -> int:
+def kept_chunks(batch: int, tokens: int, ragged: int | None, solving: int, rows: int | None = None) -> int:
     """How many states `run_keeping` has room for; of a ragged batch of so many sequences, whatever their lengths."""
-    chunk = chunk_size(ROWS if ragged is not None else tokens, solving)
+    chunk = chunk_size((rows or ROWS) if ragged is not None else tokens, solving, rows)
     return batch * -(-tokens // chunk) if ragged is None else tokens // chunk + ragged

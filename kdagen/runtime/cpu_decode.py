@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kdagen.ir.step import StepForm
+from kdagen.runtime.cpu_schedule import at_most
 from kdagen.runtime.values import check_finite
+from kdagen.schedule import CpuSchedule
 
 BLOCK_BYTES = 1 << 22  # of states that are updated at a time: what caches hold; the fastest in benchmarks/cpu_decode.py
 
@@ -38,11 +40,11 @@ class Step:
         return lambda env: run({symbol: env[name] for symbol, name in operands})
 
 
-def run(step: Step, call, out) -> None:
+def run(step: Step, call, out, schedule: CpuSchedule | None = None) -> None:
     """Writes the output of a kdagen.runtime.decode.Decode into `out`, zero so far, and its new states into its pool."""
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), at_most(schedule.threads if schedule else 0):
         tokens = Tokens(step, call)
         runs = [Run(tokens, call, group) for group in groups(call, tokens.rows)]
         found = [r.read(0) for r in runs]

@@ -12,6 +12,7 @@ from functools import cached_property
 from kdagen.runtime import call as calls
 from kdagen.runtime import values
 from kdagen.runtime.checks import check
+from kdagen.runtime.cpu_schedule import schedule_of
 from kdagen.runtime.torch_op import NAMES, Implementation
 from kdagen.runtime.training import inference_only
 
@@ -103,7 +104,7 @@ class Decoding:
 
         out = call.results()[0].zero_()
         if not call.empty:
-            cpu_decode.run(self.op.step, call, out)
+            cpu_decode.run(self.op.step, call, out, schedule_of(self.op, call, "decode"))
         self.op.note(call.like, "CPU backend, one token after another on blocks of states")
         return out
 

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from kdagen.errors import GradientError
 from kdagen.runtime import call as calls
+from kdagen.runtime.cpu_schedule import schedule_of
 from kdagen.runtime.torch_op import NAMES, Implementation
 from kdagen.schedule import Keep
 
@@ -49,12 +50,13 @@ class Training:
         if call.empty:
             (o, state, _), kept = call.unchanged(), self._kept_on_cpu(call)
         elif self.keep == Keep.INPUTS:
-            (o, state, _), kept = self.op.run_on_cpu(call), []
+            (o, state, _), kept = self.op.run_on_cpu(call, "training"), []
         else:
             from kdagen.runtime import cpu
 
-            inside = call.inside(call.initial_state)
-            o, state, *kept = cpu.run_keeping(self.op.program, call.tensors, inside, call.like.dtype, call.ends)
+            inside, schedule = call.inside(call.initial_state), schedule_of(self.op, call, "training")
+            given = call.tensors, inside, call.like.dtype, call.ends, schedule
+            o, state, *kept = cpu.run_keeping(self.op.program, *given)
             state = call.outside(state)
         self.op.note(call.like, "CPU backend, batched matrix products on torch, in training")
         return *call.returned(o, state, None)[:2], kept
@@ -69,7 +71,8 @@ class Training:
             return []
         ragged = None if call.cu_seqlens is None else call.sizes["N"]
         batch, tokens = call.sizes["B"], call.sizes["T"]
-        chunks = cpu.kept_chunks(batch, tokens, ragged, len(self.op.program.canonical.solving))
+        rows = schedule_of(self.op, call, "training").rows
+        chunks = cpu.kept_chunks(batch, tokens, ragged, len(self.op.program.canonical.solving), rows)
         dtype = torch.promote_types(call.like.dtype, torch.float32)
         return [call.like.new_empty(chunks, 1, *(call.sizes[d] for d in ("HV", "K", "V")), dtype=dtype)]
 
@@ -102,7 +105,8 @@ class Training:
         from kdagen.runtime import cpu
 
         first, kept = call.inside(call.initial_state), kept[0] if kept else None
-        given = call.tensors, first, d_out, call.inside(d_state), kept, call.ends
+        schedule = schedule_of(self.op, call, "training")
+        given = call.tensors, first, d_out, call.inside(d_state), kept, call.ends, schedule
         gradients, last = cpu.backward(self.adjoint, *given)
         return *_as_given(gradients, call.tensors), call.outside(last)
 
