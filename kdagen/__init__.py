@@ -7,11 +7,16 @@ Names are imported when first used, so that `import kdagen` loads neither sympy,
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 from kdagen import errors
 from kdagen.recurrence import Recurrence, load, recurrence
 
 __version__ = "0.1.0"
+
+_here = Path(__file__).resolve().parent
+if not (_here / "autotune").is_dir():  # a checkout: `autotune` and `templates` stand beside this package, not in it
+    __path__.append(str(_here.parent))
 
 _WHERE = {
     "compile": "kdagen.runtime.op",

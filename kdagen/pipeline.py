@@ -173,12 +173,9 @@ class _Call:
 
 
 def argument_dtypes(canonical: Canonical, dtype: str, gate_dtype: str) -> dict[str, str]:
-    """Parameters of the head in fp32; keys and values in `dtype`; what only gates and scales in `gate_dtype`."""
+    """Those of Canonical.dtypes, if there are kernels of such."""
     if dtype not in DTYPES:
         raise ScheduleError(f"dtype '{dtype}' has no kernels: expected {' or '.join(DTYPES)}")
     if gate_dtype not in (*DTYPES, "float32"):
         raise ScheduleError(f"gate_dtype '{gate_dtype}': expected {', '.join(DTYPES)} or float32")
-    return {
-        a.name: "float32" if not a.per_token else gate_dtype if not a.axis or a.name in canonical.gates else dtype
-        for a in canonical.arguments
-    }
+    return canonical.dtypes(dtype, gate_dtype)

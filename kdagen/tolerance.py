@@ -12,9 +12,9 @@ from kdagen.ir.canonical import Canonical
 from kdagen.reference import recurrence_reference
 
 # Relative error below which a program computes its recurrence, as far as its operands' dtype allows.
-TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
+TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 1e-5}
 # The same of gradients: of keys, values and the state, and of what decays and scales.
-GRADIENT_TOLERANCE = {"bfloat16": (8e-3, 2e-2), "float16": (1e-3, 2.5e-3)}
+GRADIENT_TOLERANCE = {"bfloat16": (8e-3, 2e-2), "float16": (1e-3, 2.5e-3), "float32": (1e-5, 1e-5)}
 
 
 def loosely(canonical: Canonical) -> set[str]:
@@ -29,13 +29,15 @@ def gradient_tolerance(canonical: Canonical, dtype: str) -> dict[str, float]:
     return {name: wide if name in loose else tight for name in names}
 
 
-def reference_gradients(recurrence, tensors: dict, state, d_out, d_final_state) -> tuple:
+def reference_gradients(
+    recurrence, tensors: dict, state, d_out, d_final_state, reference=recurrence_reference
+) -> tuple:
     """(output, final state, gradients by argument and of "initial_state") in float64, token by token."""
     import torch
 
     leaves = {name: x.double().requires_grad_() for name, x in {**tensors, "initial_state": state}.items()}
     given = {name: x for name, x in leaves.items() if name != "initial_state"}
-    o, final = recurrence_reference(recurrence, given, leaves["initial_state"])
+    o, final = reference(recurrence, given, leaves["initial_state"])
     made = torch.autograd.grad(
         (o, final), list(leaves.values()), (d_out.double(), d_final_state.double()), materialize_grads=True
     )

@@ -103,6 +103,13 @@ class Canonical:
         key = argument.per_token and argument.axis == "K" and argument.name not in self.gates
         return "H" if key else "HV"
 
+    def dtypes(self, dtype: str, gate_dtype: str) -> dict[str, str]:
+        """Parameters of the head in fp32; keys and values in `dtype`; what only gates and scales in `gate_dtype`."""
+        return {
+            a.name: "float32" if not a.per_token else gate_dtype if not a.axis or a.name in self.gates else dtype
+            for a in self.arguments
+        }
+
     @property
     def secondary_matrices(self) -> int:
         """C x C matrices a chunk: readers times streams."""
