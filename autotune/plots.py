@@ -132,7 +132,7 @@ def best_so_far(axes, study: StudyStanding, place: Place, workload: str) -> bool
     start, best = seen[0][0], math.inf
     steps = [(at - start, best := min(best, ms)) for at, ms in seen]
     axes.step(*zip(*steps), where="post", color="#2a5a8c", marker=".", label="best so far")
-    if default := times.get(study.default):
+    if default := times.get(study.twin(study.default)):
         axes.axhline(default.ms, color="#888888", linewidth=0.8, linestyle="--", label="default")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds since the first was timed")

@@ -198,7 +198,7 @@ def ends(line: dict, stage: str) -> bool:
 def leader(study: StudyStanding, workload: str, ranking: list[Timed]) -> str:
     """Who leads a ranking, in words."""
     best = ranking[0]
-    default = next((t for t in ranking if t.candidate == study.default), None)
+    default = next((t for t in ranking if t.candidate == study.twin(study.default)), None)
     gain = f", {default.ms / best.ms:.2f}x the default" if default and default is not best else ""
     part = study.roofline(best, workload)
     roofline = f", {part:.0%} of roofline" if part else ""

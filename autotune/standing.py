@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kdagen.autotune.log import MEASURED, RUNGS
+from kdagen.autotune.publish import distance
 from kdagen.autotune.sweep import Study, Sweep, canonical
+from kdagen.autotune.timing import Interval, winner
 
 DEATHS = 3  # after which a candidate is quarantined
 
@@ -51,9 +53,9 @@ class Timed:
         ms = line["median"] if line["rung"] == "final" else line["ms"]
         return Timed(line["candidate"], ms, line.get("low", ms), line.get("high", ms), line["rung"])
 
-    def ties(self, other: Timed) -> bool:
-        """Whether their intervals overlap."""
-        return self.low <= other.high and other.low <= self.high
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.ms, self.low, self.high, 0)
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,18 @@ class StudyStanding:
         """Its line at the rung of the model; empty where there is none."""
         return self.lines["model"].get(candidate, {}).get((), {})
 
+    def schedule(self, candidate: str | None) -> dict:
+        """Its fields."""
+        return self.model(candidate).get("schedule", {})
+
     def difference(self, candidate: str) -> str:
         """Its schedule, as people say it: where it differs from the default."""
-        default, own = self.model(self.default).get("schedule", {}), self.model(candidate).get("schedule", {})
+        default, own = self.schedule(self.default), self.schedule(candidate)
         if candidate == self.default:
             return "the default"
         return ", ".join(f"{n} {own[n]}" for n in sorted(own) if n not in default or own[n] != default[n]) or candidate
 
-    def twin(self, candidate: str) -> str:
+    def twin(self, candidate: str | None) -> str | None:
         """The candidate that was measured in its place, where their binaries are the same."""
         return self.lines["identical"].get(candidate, {}).get((), {}).get("same_as", candidate)
 
@@ -142,10 +148,17 @@ class StudyStanding:
         return {c: t for c, t in found.items() if c not in self.quarantined}
 
     def ranking(self, place: Place, workload: str) -> list[Timed]:
-        """Those that finished, the fastest first: of the finals where there were any."""
-        times = self.times(place, workload).values()
-        finals = [t for t in times if t.rung == "final"]
-        return sorted(finals or times, key=lambda t: (t.ms, t.candidate != self.default, t.candidate))
+        """Those of the finals, or where there were none of the screening: the one to use, then the fastest first."""
+        times = self.times(place, workload)
+        finals = {c: t for c, t in times.items() if t.rung == "final"}
+        ranked = sorted((finals or times).values(), key=lambda t: (t.ms, t.candidate != self.default, t.candidate))
+        if finals:
+            best = winner({c: t.interval for c, t in finals.items()}, self.twin(self.default), self._effort)
+            ranked.sort(key=lambda t: t.candidate != best)
+        return ranked
+
+    def _effort(self, candidate: str) -> int:
+        return distance(self.schedule(candidate), self.schedule(self.default))
 
     def _wrong(self, candidate: str, place: Place) -> bool:
         checks = self.lines["correct"].get(candidate, {})

@@ -53,12 +53,12 @@ def shape(study: StudyStanding, place: Place, workload: str) -> Iterator[tuple[s
     if not ranking:
         yield "winner", "none: not measured yet"
         return
-    best, default = ranking[0], study.times(place, workload).get(study.default)
+    best, default = ranking[0], study.times(place, workload).get(study.twin(study.default))
     screened = "" if best.rung == "final" else "; screened only, no final yet"
     yield "winner", f"{timed(best)}  {study.difference(best.candidate)}{screened}"
     for second in ranking[1:2]:
-        tie = ", a tie: the intervals overlap" if best.ties(second) else ""
-        slower = f"{second.ms / best.ms - 1:.1%} slower{tie}"
+        tie = ", a tie: the intervals overlap" if best.interval.overlaps(second.interval) else ""
+        slower = f"{abs(second.ms / best.ms - 1):.1%} {'slower' if second.ms >= best.ms else 'faster'}{tie}"
         yield "runner-up", f"{timed(second)}  {study.difference(second.candidate)}; {slower}"
     if default and default is not best:
         yield "default", f"{timed(default)}  the winner is {default.ms / best.ms:.2f}x as fast"
