@@ -67,7 +67,7 @@ def build_cached(source, jobs: int | None = None, progress: Progress | None = No
 def compile_kernels(sources: Sequence, jobs: int | None, progress: Progress) -> dict[str, tuple[Path, bool]]:
     """The cache entry of every kernel by key, and whether it was there before."""
     cache = Cache(debug.cache_dir())
-    wanted = {job_key(job): job for source in sources for job in _jobs(source)}
+    wanted = {job_key(job): job for source in sources for job in jobs_of(source)}
     found = {k: entry for k in wanted if (entry := cache.get(k))}
     longest_first = sorted(wanted.items(), key=lambda item: -len(item[1].text))  # long texts take long to compile
     missing = {k: job for k, job in longest_first if k not in found}
@@ -97,7 +97,8 @@ def _versions() -> dict[str, str]:
     return {"kdagen": kdagen.__version__, "tilelang": tilelang, "build": decisive, "sass": sass}
 
 
-def _jobs(source) -> list[Job]:
+def jobs_of(source) -> list[Job]:
+    """The jobs of an OpSource's kernels, in launch order."""
     return [job_of(kernel, source) for kernel in source.kernels]
 
 
@@ -109,16 +110,17 @@ def _write(source, entries, out_dir: Path) -> Built:
 
 def _assemble(source, entries) -> tuple[list[Path], dict, tuple[dict, ...]]:
     """An op's files, the contents of its manifest, and the report of each kernel for people."""
-    found = [entries[job_key(job)] for job in _jobs(source)]
+    found = [entries[job_key(job)] for job in jobs_of(source)]
     reports = [json.loads((entry / REPORT).read_text()) for entry, _ in found]
     files = [
         entry / r[kind] for (entry, _), r in zip(found, reports) for kind in ("source", "code", "library") if r[kind]
     ]
-    contents = _manifest(source, [{k: v for k, v in r.items() if k not in TRANSIENT} for r in reports])
+    contents = manifest_of(source, reports)
     return files, contents, tuple({**r, "cached": cached} for r, (_, cached) in zip(reports, found))
 
 
-def _manifest(source, kernels: list[dict]) -> dict:
+def manifest_of(source, reports: list[dict]) -> dict:
+    """What the manifest of an op says, but for its format and files; `reports` are those of its kernels."""
     gpu = target(source.target)
     versions = {"kdagen": kdagen.__version__, "tilelang": _versions()["tilelang"]}
     if gpu.compiles:
@@ -130,5 +132,5 @@ def _manifest(source, kernels: list[dict]) -> dict:
         "host": platform.machine() if gpu.compiles else None,
         "versions": versions,
         "plan": source.plan(),
-        "kernels": kernels,
+        "kernels": [{k: v for k, v in r.items() if k not in TRANSIENT} for r in reports],
     }

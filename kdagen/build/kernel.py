@@ -54,8 +54,11 @@ class Job:
     purpose: str = "inference"  # for people: a kernel for training may serve inference as well
 
 
-def compile_kernel(job: Job, folder: Path, say: Callable[[str], None] = lambda stage: None) -> None:
-    """Compiles `job` into `folder`; `say` is told each stage."""
+def compile_kernel(job: Job, folder: Path, say: Callable[..., None] = lambda stage, **more: None) -> None:
+    """Compiles `job` into `folder`; `say(stage)` hears each stage, and `say("lowered", launch=...)` the exact launch.
+
+    Whether the target can launch it is decided between these, before nvcc is run.
+    """
     from kdagen.build import adapter
 
     started, gpu = time.perf_counter(), target(job.target)
@@ -66,6 +69,12 @@ def compile_kernel(job: Job, folder: Path, say: Callable[[str], None] = lambda s
         lowered = adapter.lower(adapter.trace(job.text, job.name, module.name), gpu)
     except ToolchainError as error:
         raise ToolchainError(f"{error} (the module: {toolchain.keep_failed(module) / module.name})") from error
+    launch = {
+        "grid": list(lowered.grid),
+        "block": [int(n) for n in lowered.threads],
+        "shared_bytes": lowered.shared_bytes,
+    }
+    say("lowered", launch=launch)
     _check_arguments(job, lowered)
     check_threads(job, lowered)
     check_shared(job, gpu, lowered.shared_bytes)
@@ -73,9 +82,7 @@ def compile_kernel(job: Job, folder: Path, say: Callable[[str], None] = lambda s
         "name": job.name,
         "family": job.family,
         "symbol": lowered.kernel,
-        "grid": list(lowered.grid),
-        "block": [int(n) for n in lowered.threads],
-        "shared_bytes": lowered.shared_bytes,
+        **launch,
         "tma_descriptors": len(lowered.descriptors),
         "source": module.name,
         **(_machine_code(job, gpu, lowered, folder, say) if gpu.compiles else _source_only(job, lowered, folder)),

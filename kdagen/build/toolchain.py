@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +30,18 @@ NO_NVCC = """no nvcc found; kdagen compiles kernels with CUDA 13. any one of the
 SASS_OPCODES = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDSM", "STSM", "LDL", "STL")
 
 
+KILLED = "died due to signal 9"  # what nvcc says of one of its programs; memory ran out
+
+
+class Died(ToolchainError):
+    """A process that compiles was killed, crashed or hung: the kernel itself may be right."""
+
+    def __init__(self, message: str, death: str):
+        """`death` is "out of memory", "hang", "crash", or "start": it never began."""
+        super().__init__(message)
+        self.death = death
+
+
 @dataclass(frozen=True)
 class Nvcc:
     """A CUDA compiler and where it came from."""
@@ -36,6 +49,11 @@ class Nvcc:
     path: str
     version: str  # "13.0.88"
     origin: str  # "PATH", "CUDA_HOME", "CUDA_PATH" or "kdagen[cuda]"
+
+
+def check() -> None:
+    """Raises what compiling any kernel would, if a program for it is missing."""
+    find_nvcc(), find_cc(), find_cxx(), tilelang_includes()
 
 
 @functools.cache
@@ -113,10 +131,13 @@ def compile_cubin(source: Path, arch: str) -> dict:
     log.write_text(run.stdout + run.stderr)
     if run.returncode:
         kept = keep_failed(source, log)
-        raise ToolchainError(
+        message = (
             f"nvcc {nvcc.version} failed on {source.name} for {arch}: {first_error(run.stdout + run.stderr)} "
             f"(full log {kept / log.name}, source {kept / source.name})"
         )
+        if run.returncode == -signal.SIGKILL or KILLED in run.stderr:
+            raise Died(message, "out of memory")
+        raise ToolchainError(message)
     return ptxas_report(run.stderr)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 from kdagen.errors import ArtefactError
@@ -18,6 +19,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 LEAD = ("HV", "NC")  # dimensions of what there is one of for each chunk of a head
+TUNED = re.compile("-t[0-9a-f]{8}$")  # what ends the name of a tuned variant's folder
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -47,6 +49,11 @@ def variant(plan: dict) -> str:
     state = [f"state.{name}"] if (name := state_type(plan).name) else []
     what_for = [purpose(plan)] if purpose(plan) != "inference" else []
     return "-".join([plan["target"], SHORT[dtype], f"{dims['K']}x{dims['V']}", *named, *state, *what_for])
+
+
+def tuned_variant(plan: dict) -> str:
+    """The folder of such kernels by a schedule that was tuned, beside those of the default one."""
+    return f"{variant(plan)}-t{hashlib.sha256(canonical(plan['schedule']).encode()).hexdigest()[:8]}"
 
 
 def state_type(plan: dict) -> StateType:
@@ -95,18 +102,19 @@ def read(folder: Path) -> dict:
         raise ArtefactError(f"{path} is not a manifest of kdagen (damaged?): {fix}") from None
     if found != FORMAT:
         raise ArtefactError(f"{path} has format {found}, this kdagen reads format {FORMAT}: {fix}")
-    _verify(folder, wanted, fix)
+    verify(folder, wanted, fix)
     return manifest
 
 
-def _verify(folder: Path, wanted: dict[str, str], fix: str) -> None:
+def verify(folder: Path, wanted: dict[str, str], fix: str, listing: str = MANIFEST) -> None:
+    """Refuses a folder in which some file is not what `listing` says of it: `wanted`, sha256 by name."""
     for name, expected in wanted.items():
         try:
             actual = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         except OSError:
-            raise ArtefactError(f"{folder / name} is missing although {MANIFEST} lists it: {fix}") from None
+            raise ArtefactError(f"{folder / name} is missing although {listing} lists it: {fix}") from None
         if actual != expected:
             raise ArtefactError(
                 f"{folder / name} is corrupt or was edited: its sha256 is {actual[:12]}..., "
-                f"{MANIFEST} says {expected[:12]}...: {fix}"
+                f"{listing} says {expected[:12]}...: {fix}"
             )
