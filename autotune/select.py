@@ -10,11 +10,15 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kdagen.autotune import gpus
+
 from kdagen import debug
-from kdagen.errors import ArtefactError
+from kdagen.errors import ArtefactError, KdagenError
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
@@ -48,9 +52,18 @@ class Entry:
     """A line of a table: what won, for what, and what was measured."""
 
     key: Key
-    schedule: dict
+    schedule: dict = field(hash=False)
     policy: str
     facts: dict = field(default_factory=dict, compare=False, hash=False)  # kernels, ms, low, high, default_ms, versions
+
+    @property
+    def how(self) -> str:
+        """What its schedule comes from: "measured", or "model" where a build chose it for a GPU without a table."""
+        return self.facts.get("how", "measured")
+
+    def line(self) -> dict:
+        """The inverse of `entry_of`, as a table has it."""
+        return {"key": vars(self.key), "policy": self.policy, "schedule": self.schedule, **self.facts}
 
 
 @dataclass(frozen=True)
@@ -60,28 +73,70 @@ class Selection:
     schedule: dict | None  # None: no table knows any
     how: str  # "exact", "nearest bucket", "nearest GPU", "model" or "default"
     words: str
+    entry: Entry | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.how}: {self.words}"
 
 
-def select(key: Key, entries: tuple[Entry, ...] | None = None) -> Selection:
-    """The choice for a call: deterministic, whatever the order of entries of one device."""
+def select(key: Key, entries: Iterable[Entry] | None = None, usable: Callable[[dict], bool] | None = None) -> Selection:
+    """The choice for a call: deterministic, whatever the order of entries; schedules that are not `usable` are none."""
     fits = [e for e in (tables() if entries is None else entries) if e.key.fixed == key.fixed]
-    here = [e for e in fits if (e.key.device, e.key.processors) == (key.device, key.processors)]
-    if not fits or (key.target == "cpu" and not here):  # another CPU's cores and caches say nothing of this one's
+    fits = [e for e in fits if usable is None or usable(e.schedule)]
+    device = (key.device, key.processors)
+    found = {(e.key.device, e.key.processors) for e in fits}
+    if not fits or (key.target == "cpu" and device not in found):  # another CPU's caches say nothing of this one's
         return Selection(None, "default", f"no table for {key.device} with {key.processors} processors")
-    best = min(here or fits, key=lambda e: _distance(e, key))
-    if not here:
-        return Selection(best.schedule, "nearest GPU", f"as tuned for {best.key.device}, bucket {best.key.bucket}")
+    nearest = device if device in found else min(found, key=lambda other: _apart(device, other))
+    best = min((e for e in fits if (e.key.device, e.key.processors) == nearest), key=lambda e: _order(e, key))
+    if nearest != device:
+        return Selection(best.schedule, "nearest GPU", f"as tuned for {nearest[0]}, bucket {best.key.bucket}", best)
     if best.key.bucket != key.bucket:
-        return Selection(best.schedule, "nearest bucket", f"as tuned for bucket {best.key.bucket}, not {key.bucket}")
-    return Selection(best.schedule, "exact", f"as tuned for {key.device}, bucket {key.bucket}")
+        return Selection(
+            best.schedule, "nearest bucket", f"as tuned for bucket {best.key.bucket}, not {key.bucket}", best
+        )
+    if best.how == "model":
+        return Selection(best.schedule, "model", f"as chosen for {key.device}, bucket {key.bucket}, unmeasured", best)
+    return Selection(best.schedule, "exact", f"as tuned for {key.device}, bucket {key.bucket}", best)
 
 
-def _distance(entry: Entry, key: Key) -> tuple:
-    """First the device, then the bucket; of equals the smaller bucket, then what is first in the alphabet."""
+def select_compiling(
+    key: Key, entries: Iterable[Entry], compiles: Callable[[dict], object], usable: Callable[[dict], bool] | None = None
+) -> Selection:
+    """The same among schedules that `compiles` takes: what it raises of kdagen's errors is warned of, once."""
+    left = list(entries)
+    while (found := select(key, left, usable)).schedule is not None:
+        try:
+            compiles(found.schedule)
+            return found
+        except KdagenError as error:
+            _warn(found.entry, str(error))
+            left = [e for e in left if e.schedule != found.schedule]
+    return found
+
+
+@functools.cache
+def _warn(entry: Entry, problem: str) -> None:
     k = entry.key
-    device = abs(k.processors - key.processors) if k.device != key.device else 0
-    order = json.dumps([entry.schedule, entry.policy], sort_keys=True)
-    return device, k.device, abs(k.bucket - key.bucket), k.bucket, order
+    log.warning(
+        "the schedule of %s %s that was tuned for %s, bucket %d, is passed over, for it does not compile any more: %s: "
+        "tune again with `kdagen tune`",
+        k.recurrence, k.purpose, k.device, k.bucket, problem,
+    )  # fmt: skip
+
+
+def _order(entry: Entry, key: Key) -> tuple:
+    """Among entries of one device: the nearest bucket, of two the smaller, then what is first in the alphabet."""
+    apart = abs(entry.key.bucket - key.bucket)
+    return apart, entry.key.bucket, entry.policy, json.dumps(entry.schedule, sort_keys=True)
+
+
+def _apart(device: tuple[str, int], other: tuple[str, int]) -> tuple:
+    """How far two devices are apart, in processors and, where it is known, rate of memory; then by name."""
+    mine, theirs = gpus.find(device[0]), gpus.find(other[0])
+    known = mine is not None and theirs is not None
+    apart = abs(math.log(device[1] / other[1])) + (abs(math.log(mine.memory / theirs.memory)) if known else 0)
+    return not known, apart, *other
 
 
 def user_tables() -> Path:
@@ -92,11 +147,11 @@ def user_tables() -> Path:
 @functools.cache
 def tables() -> tuple[Entry, ...]:
     """All entries: the user's hide shipped ones of the same key."""
-    found: dict[Key, Entry] = {}
-    for folder in (SHIPPED, user_tables()):
-        for path in sorted(folder.glob("*.json")):
-            found |= {entry.key: entry for entry in read(path)}
-    return tuple(found.values())
+    shipped, own = (
+        [entry for path in sorted(f.glob("*.json")) for entry in read(path)] for f in (SHIPPED, user_tables())
+    )
+    hidden = {entry.key for entry in own}
+    return tuple(own + [entry for entry in shipped if entry.key not in hidden])
 
 
 def read(path: Path) -> list[Entry]:
@@ -104,14 +159,15 @@ def read(path: Path) -> list[Entry]:
     try:
         data = json.loads(path.read_text())
         assert data["format"] == FORMAT
-        return [_entry(e) for e in data["entries"]]
+        return [entry_of(e) for e in data["entries"]]
     except (ValueError, KeyError, TypeError, AssertionError):
         raise ArtefactError(
             f"{path} is not a table of this kdagen (damaged, or of another version): publish it anew, or remove it"
         ) from None
 
 
-def _entry(fields: dict) -> Entry:
-    key = Key(**{**fields["key"], "head_dim": tuple(fields["key"]["head_dim"])})
-    rest = {n: v for n, v in fields.items() if n not in ("key", "schedule", "policy")}
-    return Entry(key, fields["schedule"], fields["policy"], rest)
+def entry_of(line: dict) -> Entry:
+    """The entry that a table's line says."""
+    key = Key(**{**line["key"], "head_dim": tuple(line["key"]["head_dim"])})
+    facts = {n: v for n, v in line.items() if n not in ("key", "schedule", "policy")}
+    return Entry(key, line["schedule"], line["policy"], facts)

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 from kdagen import debug
+from kdagen.autotune.select import Selection
 from kdagen.errors import ArgumentError, TargetError, ToolchainError
 from kdagen.runtime import manifest as manifests
 from kdagen.runtime.loader import LoadedOp, cached_op_folder, find_built, load_op
 from kdagen.runtime.options import Options
+from kdagen.runtime.tuned import Want
 from kdagen.target import TARGETS, Target, target
 
 log = logging.getLogger("kdagen")
@@ -27,8 +29,9 @@ class JustInTime:
 
     def __init__(self, recurrence, options: Options, spec: str):
         self.recurrence, self.options, self.spec = recurrence, options, spec
-        self._sources: dict[tuple[str, str], object] = {}
-        self._loaded: dict[tuple[str, str], LoadedOp] = {}
+        self.choices: dict[Want, Selection] = {}  # what was chosen for the calls so far
+        self._sources: dict[tuple[str, str, str], object] = {}
+        self._loaded: dict[tuple[str, str, str], LoadedOp] = {}
         self._lock = threading.Lock()
 
     @property
@@ -36,15 +39,16 @@ class JustInTime:
         """The build folder that is looked in."""
         return Path(self.options.build_dir) if self.options.build_dir else debug.build_dir()
 
-    def source(self, gpu: Target, purpose: str = "inference"):
-        """The OpSource for a target; generated once."""
-        if (gpu.name, purpose) not in self._sources:
-            o, (make, schedule) = self.options, self._compiler(purpose)
-            self._sources[gpu.name, purpose] = make(
-                self.recurrence, o.head_dim, o.dtype, gpu.name, schedule, o.gate_dtype,
+    def source(self, gpu: Target, purpose: str = "inference", schedule: dict | None = None):
+        """The OpSource for a target, by a whole schedule's fields or as the options have it; generated once."""
+        which = _which(gpu, purpose, schedule)
+        if which not in self._sources:
+            o, (make, chosen) = self.options, self._compiler(purpose)
+            self._sources[which] = make(
+                self.recurrence, o.head_dim, o.dtype, gpu.name, chosen if schedule is None else schedule, o.gate_dtype,
                 template_folders=o.templates, state=o.state,
             )  # fmt: skip
-        return self._sources[gpu.name, purpose]
+        return self._sources[which]
 
     def _compiler(self, purpose: str) -> tuple:
         """What makes the kernels of a purpose, and the fields of their schedule that were chosen."""
@@ -56,31 +60,59 @@ class JustInTime:
             return pipeline.compile_training, training_schedule(self.options)
         return pipeline.compile_op, self.options.schedule
 
-    def fitting(self, tensors: dict, capability: str, purpose: str = "inference") -> LoadedOp:
+    def fitting(self, tensors: dict, capability: str, purpose: str = "inference", want: Want | None = None) -> LoadedOp:
         """The kernels for these arguments on a GPU of compute capability "9.0"; built if they are nowhere.
 
-        `purpose` is "inference", "training" or "decode".
+        `purpose` is "inference", "training" or "decode"; by `want` a tuned schedule is chosen, and put into `choices`.
         """
         gpu = self.target(capability)
-        which = gpu.name, purpose
-        if problem := (self._loaded.get(which) or self._unbuilt(gpu, purpose)).mismatch(tensors, capability):
+        schedule = self.chosen(gpu, want)
+        which = _which(gpu, purpose, schedule)
+        if problem := (self._loaded.get(which) or self._unbuilt(gpu, purpose, schedule)).mismatch(tensors, capability):
             raise ArgumentError(
                 f"{self.recurrence.name}: {problem}. Convert it, or compile for it: kg.compile(..., head_dim=(K, V), "
                 f"dtype=..., gate_dtype=...) gives {manifests.variant(self.source(gpu, purpose).plan())} now"
             )
         with self._lock:
             if which not in self._loaded:
-                self._loaded[which] = load_op(self.find(gpu, purpose) or self.build(gpu, purpose))
+                place = self.find(gpu, purpose, schedule) or self.build(gpu, purpose, schedule)
+                self._loaded[which] = load_op(place)
             return self._loaded[which]
 
-    def planned(self, tensors: dict, capability: str | None = None, purpose: str = "training") -> LoadedOp:
-        """The kernels as they are, or would be, built: for their shapes; no kernel is looked for."""
+    def planned(
+        self, tensors: dict, capability: str | None = None, purpose: str = "training", want: Want | None = None
+    ) -> LoadedOp:
+        """The kernels as they are, or would be, built: for their shapes; nothing is built."""
         gpu = self.target(capability) if capability else self._likely_target()
-        return self._loaded.get((gpu.name, purpose)) or self._unbuilt(gpu, purpose)
+        schedule = self.chosen(gpu, want)
+        return self._loaded.get(_which(gpu, purpose, schedule)) or self._unbuilt(gpu, purpose, schedule)
 
-    def _unbuilt(self, gpu: Target, purpose: str) -> LoadedOp:
+    def _unbuilt(self, gpu: Target, purpose: str, schedule: dict | None) -> LoadedOp:
         """The kernels as they would be built: arguments that these do not take are refused before that."""
-        return LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": self.source(gpu, purpose).plan()})
+        plan = self.source(gpu, purpose, schedule).plan()
+        return LoadedOp(Path(), {"target": {"runs_on": gpu.runs_on}, "plan": plan})
+
+    def chosen(self, gpu: Target, want: Want | None) -> dict | None:
+        """The schedule for a call; None for the one that the options have."""
+        if want is None:
+            return None
+        if want not in self.choices:
+            self.choices[want] = self._choice(gpu, want)
+        return self.choices[want].schedule
+
+    def _choice(self, gpu: Target, want: Want) -> Selection:
+        """What is chosen, and can be had: what is built already comes before what no table knows, or no nvcc makes."""
+        from kdagen.autotune.choose import choose
+
+        key, o = want.key, self.options
+        if (key.head_dim, key.dtype, key.gate_dtype) != (o.head_dim, o.dtype, o.gate_dtype or o.dtype):
+            return Selection(None, "default", "compiled for other dtypes or head dims")
+        found = choose(key, lambda schedule: self.source(gpu, key.purpose, schedule), want.usable)
+        if found.schedule is None or self.find(gpu, key.purpose, found.schedule):
+            return found
+        if (found.how == "model" or not _has_nvcc()) and self.find(gpu, key.purpose):
+            return Selection(None, "default", f"built already, unlike those {found.words}")
+        return found
 
     def target(self, capability: str) -> Target:
         """The target of the GPU at hand; an arch that was asked for must run on it."""
@@ -101,17 +133,17 @@ class JustInTime:
             )
         return gpu
 
-    def find(self, gpu: Target, purpose: str = "inference") -> Path | None:
+    def find(self, gpu: Target, purpose: str = "inference", schedule: dict | None = None) -> Path | None:
         """The folder of kernels that were built already."""
-        return find_built(self.source(gpu, purpose), [self.folder])
+        return find_built(self.source(gpu, purpose, schedule), [self.folder])
 
     def where(self, place: Path) -> str:
         """How people call the place in which kernels were found."""
         return "build folder" if self.folder in place.parents else "cache"
 
-    def build(self, gpu: Target, purpose: str = "inference") -> Path:
+    def build(self, gpu: Target, purpose: str = "inference", schedule: dict | None = None) -> Path:
         """Compiles the kernels into the cache; another process that wants the same waits for it."""
-        source = self.source(gpu, purpose)
+        source = self.source(gpu, purpose, schedule)
         self._check_toolchain(gpu, source)
         from kdagen.build.builder import build_cached
 
@@ -169,6 +201,10 @@ class JustInTime:
 def training_schedule(options: Options) -> dict:
     """The fields of the training kernels' schedule that were chosen: `schedule` itself speaks of inference only."""
     return {"keep": options.keep, **(options.training_schedule or {})}
+
+
+def _which(gpu: Target, purpose: str, schedule: dict | None) -> tuple[str, str, str]:
+    return gpu.name, purpose, manifests.canonical(schedule) if schedule else ""
 
 
 def _has_nvcc() -> bool:

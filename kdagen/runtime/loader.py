@@ -72,6 +72,11 @@ class LoadedOp:
         return manifests.purpose(self.plan)
 
     @property
+    def tuned(self) -> bool:
+        """Whether its schedule is another than that of the kernels that `kdagen build` leaves in any case."""
+        return bool(manifests.TUNED.search(self.folder.name))
+
+    @property
     def training(self) -> bool:
         """Whether these kernels are those of a forward and of its backward."""
         return self.purpose == "training"
@@ -214,7 +219,8 @@ def find_built(source, folders: list[Path] | None = None) -> Path | None:
     """The folder of kernels built from exactly this OpSource: of the build folder, else of the cache, else None."""
     wanted = manifests.digest(source)
     plan = source.plan()
-    places = [Path(f) / source.name / manifests.variant(plan) for f in folders or [debug.build_dir()]]
+    names = manifests.variant(plan), manifests.tuned_variant(plan)
+    places = [Path(f) / source.name / name for f in folders or [debug.build_dir()] for name in names]
     for place in [*places, cached_op_folder(wanted)]:
         if (place / manifests.MANIFEST).exists() and manifests.read(place)["digest"] == wanted:
             return place

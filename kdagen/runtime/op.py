@@ -18,10 +18,12 @@ from kdagen.errors import ArgumentError
 from kdagen.runtime import call as calls
 from kdagen.runtime import torch_op
 from kdagen.runtime.checks import check_tag, short
+from kdagen.runtime.cpu_schedule import schedule_of
 from kdagen.runtime.decode import Decoding
 from kdagen.runtime.signature import DECODE, RECURRENT, Signature, describe, signature
 from kdagen.runtime.torch_op import NAMES, Implementation
 from kdagen.runtime.training import Training, inference_only, needs_gradient, transformed
+from kdagen.runtime.tuned import Tuned
 from kdagen.schedule import Keep
 from kdagen.state import DEFAULT, StateType
 
@@ -56,7 +58,9 @@ def compile(
         head_dim: (K, V) of the GPU kernels, each 64, 128 or 256; one number stands for both.
         dtype: of keys, values and output on GPUs: "bfloat16" or "float16" (or torch's).
         arch: "sm90" and the like; that of the tensors' GPU unless given.
-        schedule: of inference: a whole schedule, or the fields in which it differs from the default.
+        schedule: of inference: a whole schedule, or the fields in which it differs from the default. What is given is
+            used for all shapes; unless it is, a schedule is chosen by the size of a call among those that were tuned.
+            {} stands for the default alone, whose results do not depend on which sizes were tuned how.
         gate_dtype: of gates and scalars a token on GPUs; `dtype` unless given.
         templates: folders of kernel skeletons that come before kdagen's own.
         build_dir: the folder that `kdagen build` wrote; KDAGEN_BUILD_DIR or ./kdagen_ops unless given.
@@ -86,7 +90,7 @@ def compile(
     kernels = jit.JustInTime(recurrence, chosen, spec if isinstance(spec, str) else options.spec_of(recurrence))
     identity = torch_op.identity(description, chosen.json())
     wide = options.wide_arguments(form, chosen)
-    rest = lambda: form, kernels, chosen.keep, wide, chosen.state  # noqa: E731
+    rest = lambda: form, kernels, chosen.keep, wide, chosen.state, chosen.untuned  # noqa: E731
     return shared(identity, lambda: Op(signature(description), identity, *rest))
 
 
@@ -118,12 +122,14 @@ class Op:
     """
 
     def __init__(self, signature: Signature, identity: str, form: Callable, kernels, keep=Keep.STATES, wide=(),
-                 state: StateType = DEFAULT):  # fmt: skip
-        """`form()` gives the canonical form; `kernels.fitting(tensors, capability, purpose)` gives a LoadedOp.
+                 state: StateType = DEFAULT, untuned: frozenset[str] = frozenset()):  # fmt: skip
+        """`form()` gives the canonical form; `kernels.fitting(tensors, capability, purpose, want)` gives a LoadedOp.
 
-        `keep` is what a forward in training leaves for its backward; `wide` names the arguments that autocast leaves.
+        `keep` is what a forward in training leaves for its backward; `wide` names the arguments that autocast leaves;
+        `untuned` are the purposes for which no tuned schedule is looked for.
         """
         self.signature, self.kernels, self._form, self.state = signature, kernels, form, state
+        self.tuned = Tuned(self, untuned)
         self._last: tuple | None = None  # dtype, device and words of what ran last
         self._announced: set = set()
         self._cast = [dims[:1] == ("B",) and name not in wide for name, dims in signature.dims.items()]
@@ -259,12 +265,12 @@ class Op:
         self.note(call.like, "CPU backend, batched matrix products on torch")
         return call.returned(*results)
 
-    def run_on_cpu(self, call) -> tuple:
+    def run_on_cpu(self, call, purpose: str = "inference") -> tuple:
         """Output, final state and states, by the CPU backend."""
         from kdagen.runtime import cpu
 
-        inside = call.inside(call.initial_state)
-        o, *states = cpu.run(self.program, call.tensors, inside, call.like.dtype, call.ends, call.every)
+        inside, schedule = call.inside(call.initial_state), schedule_of(self, call, purpose)
+        o, *states = cpu.run(self.program, call.tensors, inside, call.like.dtype, call.ends, call.every, schedule)
         return o, *map(call.outside, states)
 
     def _cuda(self, *given, **named):
@@ -299,14 +305,20 @@ class Op:
 
     def fitting(self, call, purpose: str = "inference"):
         """The kernels for a call on the GPU that its tensors are on; built if they are nowhere."""
-        return self.kernels.fitting(call.tensors, _capability(call.like.device), purpose)
+        capability = _capability(call.like.device)
+        want = self.tuned.want(call, purpose, capability)
+        kernels = self.kernels.fitting(call.tensors, capability, purpose, want)
+        if want:
+            self.tuned.say(want, self.kernels.choices[want])
+        return kernels
 
     def planned(self, call):
         """The training kernels for a call as they are, or would be, built: torch's compiler asks for shapes only."""
         import torch
 
-        known = torch.cuda.is_available()
-        return self.kernels.planned(call.tensors, _capability(call.like.device) if known else None)
+        capability = _capability(call.like.device) if torch.cuda.is_available() else None
+        want = self.tuned.want(call, "training", capability) if capability else None
+        return self.kernels.planned(call.tensors, capability, want=want)
 
     def launch(self, kernels, tensors: dict, which: str = "forward", scalars: dict | None = None, **states) -> dict:
         """Launches a pass of kernels on contiguous copies; states and cotangents go by their roles, and may be None."""

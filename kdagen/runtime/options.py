@@ -22,7 +22,7 @@ class Options:
     head_dim: tuple[int, int] = (128, 128)
     dtype: str = "bfloat16"
     arch: str | None = None
-    schedule: Schedule | dict | None = None  # a dict: the fields in which it differs from the default
+    schedule: Schedule | dict | None = None  # a dict: the fields in which it differs from the default; None: tuned
     gate_dtype: str | None = None
     templates: tuple[str, ...] = ()
     build_dir: str | None = None
@@ -33,11 +33,18 @@ class Options:
 
     def json(self) -> dict:
         """What tells these options from others, the text of the skeletons included."""
-        fields = {**vars(self), "schedule": _fields(self.schedule), "state": asdict(self.state)}
+        schedule = None if self.schedule is None else _fields(self.schedule)
+        fields = {**vars(self), "schedule": schedule, "state": asdict(self.state)}
         texts = [
             (path.name, path.read_text()) for folder in self.templates for path in sorted(Path(folder).glob("*.j2"))
         ]
         return {**fields, "templates": [self.templates, texts]}
+
+    @property
+    def untuned(self) -> frozenset[str]:
+        """The purposes whose schedule was given, or whose kernels were not written by kdagen: nothing is looked up."""
+        given = {"inference": self.schedule, "training": self.training_schedule, "decode": self.decode_schedule}
+        return frozenset(purpose for purpose, how in given.items() if how is not None or self.templates)
 
     def words(self) -> list[str]:
         """The same as options of `kdagen build`; defaults are left out."""
@@ -93,13 +100,12 @@ def options(
     folders = tuple(str(Path(folder).resolve()) for folder in templates)
     gates = short(gate_dtype) if gate_dtype else None
     place = str(Path(build_dir).resolve()) if build_dir else None
-    training = _fields(training_schedule)
-    if (keep := training.pop("keep", keep)) not in list(Keep):
+    training, decode = (None if given is None else _fields(given) for given in (training_schedule, decode_schedule))
+    if (keep := (training or {}).pop("keep", keep)) not in list(Keep):
         raise ArgumentError(f"keep = {keep!r}: expected one of {', '.join(k.value for k in Keep)}")
     chip = target(arch).name if arch else None
     state = StateType(state_layout, short(state_dtype))
-    decode = _fields(decode_schedule) or None
-    return Options(dims, name, chip, schedule, gates, folders, place, Keep(keep), training or None, state, decode)
+    return Options(dims, name, chip, schedule, gates, folders, place, Keep(keep), training, state, decode)
 
 
 def wide_arguments(canonical, chosen: Options) -> tuple[str, ...]:

@@ -12,11 +12,13 @@ import sys
 from functools import cached_property
 from pathlib import Path
 
+from kdagen.autotune.select import Entry, Selection, entry_of, select, tables
 from kdagen.errors import ArgumentError, ArtefactError, KdagenError
 from kdagen.purposes import PURPOSES
 from kdagen.runtime import manifest as manifests
 from kdagen.runtime.checks import short
 from kdagen.runtime.loader import LoadedOp, load_op
+from kdagen.runtime.tuned import Want
 from kdagen.schedule import Keep
 from kdagen.state import DEFAULT, StateType
 
@@ -27,6 +29,8 @@ class BuiltOp:
     def __init__(self, folder: str | Path, state: StateType | None = None):
         """`state` chooses among kernels for several types of states; by default those of the first type."""
         self.folder, self.name, self._state = Path(folder), Path(folder).name, state
+        self.choices: dict[Want, Selection] = {}  # what was chosen for the calls so far
+        self._chosen: dict[Want, LoadedOp] = {}
         self._op = None
         if "torch" in sys.modules:  # at once, for torch.compile cannot trace the reading of files
             with contextlib.suppress(KdagenError):  # a damaged op keeps no other from loading: its first call says so
@@ -124,29 +128,56 @@ class BuiltOp:
         """The names of its tensors, in order."""
         return self.variants[0].plan["arguments"]
 
-    def fitting(self, tensors: dict, capability: str, purpose: str = "inference") -> LoadedOp:
+    def fitting(self, tensors: dict, capability: str, purpose: str = "inference", want: Want | None = None) -> LoadedOp:
         """The variant for a compute capability ("9.0") and tensors; says why each other does not fit.
 
-        `purpose` is "inference", "training" or "decode".
+        `purpose` is "inference", "training" or "decode"; by `want` one with a tuned schedule is chosen, and what was
+        chosen is put into `choices`.
         """
-        reasons = []
+        if (chosen := self._chosen.get(want)) and chosen.mismatch(tensors, capability) is None:
+            return chosen
+        reasons, fits = [], []
         for variant in self._variants_for(purpose):
-            if (reason := variant.mismatch(tensors, capability)) is None:
-                return variant
-            reasons.append(f"{variant.folder.name}: {reason}")
-        listed = f" fit ({'; '.join(reasons)})" if reasons else f" are in {self.folder}"
-        raise ArgumentError(
-            f"no kernels of {self.name}{'' if purpose == 'inference' else f' for {purpose}'}{listed}: "
-            f"build some with `kdagen build --op {self.name}`"
-        )
+            if reason := variant.mismatch(tensors, capability):
+                reasons.append(f"{variant.folder.name}: {reason}")
+            else:
+                fits.append(variant)
+        if not fits:
+            listed = f" fit ({'; '.join(reasons)})" if reasons else f" are in {self.folder}"
+            raise ArgumentError(
+                f"no kernels of {self.name}{'' if purpose == 'inference' else f' for {purpose}'}{listed}: "
+                f"build some with `kdagen build --op {self.name}`"
+            )
+        return self._choose(want, fits) if want else fits[0]
+
+    def _choose(self, want: Want, fits: list[LoadedOp]) -> LoadedOp:
+        """The variant with exactly the schedule that tables have for this call, else the untuned one."""
+        found = select(want.key, self.entries, want.usable)
+        same = [v for v in fits if found.schedule and found.schedule == v.plan["schedule"]]
+        if found.schedule and not same:
+            found = Selection(None, "default", f"kernels {found.words} are not in {self.folder}")
+        self.choices[want] = found
+        self._chosen[want] = (same or fits)[0]
+        return self._chosen[want]
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """Tables as they were when its kernels were built; where these know nothing of a key, those that are here."""
+        built = {}
+        for variant in self.variants:
+            built |= {(e := entry_of(line)).key: e for line in variant.manifest.get("tuned", ())}
+        return [*built.values(), *(e for e in tables() if e.key not in built)]
 
     def _variants_for(self, purpose: str) -> list[LoadedOp]:
-        return [v for v in self.variants if v.purpose == purpose]
+        """Those of a purpose, untuned ones first."""
+        return sorted((v for v in self.variants if v.purpose == purpose), key=lambda v: v.tuned)
 
-    def planned(self, tensors: dict, capability: str | None = None, purpose: str = "training") -> LoadedOp:
+    def planned(
+        self, tensors: dict, capability: str | None = None, purpose: str = "training", want: Want | None = None
+    ) -> LoadedOp:
         """The variant that these tensors would run on, whatever the GPU if no capability is given."""
         if capability:
-            return self.fitting(tensors, capability, purpose)
+            return self.fitting(tensors, capability, purpose, want)
         variants = self._variants_for(purpose)
         archs = dict.fromkeys(c for v in variants for c in v.manifest["target"]["runs_on"])
         found = [v for c in archs for v in variants if v.mismatch(tensors, c) is None]

@@ -6,10 +6,12 @@ needs sympy, and torch only once tensors are given. Shapes and dtypes are checke
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
 from kdagen.errors import ArgumentError, RecurrenceError
+from kdagen.runtime import manifest as manifests
 
 CALL = ("initial_state", "output_final_state", "cu_seqlens", "states_every", "check")  # beside its own arguments
 DECODE = ("state_pool", "state_indices", "num_accepted_tokens", "cu_seqlens", "null_below", "check")
@@ -28,11 +30,17 @@ class Signature:
     parameters: tuple[tuple[str, tuple[str, ...]], ...]
     dims: dict[str, tuple[str, ...]]
     gates: frozenset[str] = frozenset()
+    recurrence: str = ""  # what it computes, whatever it is called: recurrence_hash
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The names of all tensors, in order."""
         return tuple(self.dims)
+
+    @cached_property
+    def gating(self) -> tuple[str, ...]:
+        """The tensors that only gate or scale: GPU kernels take them in gate_dtype."""
+        return tuple(n for n, dims in self.dims.items() if dims[0] == "B" and (len(dims) == 3 or n in self.gates))
 
     @cached_property
     def value(self) -> str:
@@ -134,7 +142,17 @@ def signature(description: dict) -> Signature:
         for a in canonical["arguments"]
     }
     parameters = tuple((name, tuple(tensors)) for name, tensors in description["parameters"])
-    return Signature(canonical["name"], parameters, dims, frozenset(description["gates"]))
+    return Signature(canonical["name"], parameters, dims, frozenset(description["gates"]), recurrence_hash(canonical))
+
+
+def recurrence_hash(canonical: dict) -> str:
+    """Names what a canonical form, as kdagen.ir.canonical_json has it, computes: its own name and words do not count.
+
+    Schedules are tuned for this, so that a recurrence of a user's that equals one of the zoo shares them.
+    """
+    said = {name: part for name, part in canonical.items() if name not in ("name", "doc")}
+    said["arguments"] = sorted(said["arguments"], key=lambda argument: argument["name"])
+    return hashlib.sha256(manifests.canonical(said).encode()).hexdigest()[:12]
 
 
 def parameters(recurrence) -> list[list]:
