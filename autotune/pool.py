@@ -29,8 +29,11 @@ class WorkerDied(Exception):
     """A worker is no more; the next request finds a new one."""
 
     def __init__(self, kind: str, reason: str, running: str | None):
-        super().__init__(reason)
+        super().__init__(kind, reason, running)  # all of them, so that it can be pickled
         self.kind, self.reason, self.running = kind, reason, running  # of DEATHS; in words; the candidate's id
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class Worker:
@@ -42,7 +45,7 @@ class Worker:
         self._mark = tempfile.TemporaryFile()  # noqa: SIM115 (lives as the worker does)
 
     def ask(self, request: dict, timeout: float, say=None) -> dict:
-        """The reply to a request, which may be {"error", "reason"}; raises WorkerDied where there is none.
+        """The reply to a request, which may be {"error", "reason", "running"}; raises WorkerDied where there is none.
 
         Raises the KdagenError that says why where no worker can be started. `say` (of kdagen.autotune.progress) hears
         of a start after a death.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kdagen.autotune.sweep import Candidate, Policy, Workload
+
 from kdagen.errors import ArgumentError
 
 

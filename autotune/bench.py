@@ -1,0 +1,168 @@
+"""A study on its benches: what the threads that feed workers share while it is measured, the log's one writer above all.
+
+A bench is a worker and the facts about its device. What is done on it is decided in kdagen.autotune.measure and
+kdagen.autotune.finals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kdagen.autotune.devices import Compiled
+from kdagen.autotune.folder import Folder
+from kdagen.autotune.measured import Measured
+from kdagen.autotune.pool import WorkerDied
+from kdagen.autotune.standing import DEATHS
+from kdagen.autotune.sweep import Candidate, Workload
+from kdagen.autotune.worker import contender_fields
+
+from kdagen.errors import KdagenError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much time things get."""
+
+    hang_s: float = 180.0  # without an answer: checks of long inputs against float64 take long, candidates do not
+    final_s: float = 10.0  # of a shape's finals: hundreds of rounds of calls of milliseconds
+    finalists: int = 5  # beside the default: screening errs by a few percent, few are as close
+    reserve: float = 0.5  # of a study's time, what is kept back for finals at most
+
+
+class TimeIsUp(Exception):
+    """The deadline came amid a request: nobody's fault, and nothing to record."""
+
+
+class Bench:
+    """A worker, which may be lost, and the facts about its device."""
+
+    def __init__(self, worker):
+        self.worker, self.device, self.facts, self.lost = worker, worker.device, {}, False
+
+    def open(self, timeout: float, say) -> None:
+        """Starts the worker; a KdagenError says why it does not."""
+        try:
+            self.facts = self.worker.ask({"do": "facts"}, timeout, say)["facts"]
+        except WorkerDied as death:
+            raise KdagenError(
+                f"{self.device} does not answer: {death}: expected a device that is free and works"
+            ) from None
+
+    @property
+    def machine(self) -> tuple:
+        """What devices must share for their figures to be of one kind."""
+        return self.facts["device"], self.facts["processors"], str(self.facts["versions"]), self.facts.get("kernels")
+
+
+class Session:
+    """One study, as long as it is measured."""
+
+    def __init__(self, folder: Folder, known: Measured, benches: list[Bench], end: float, say, limits: Limits):
+        self.folder, self.known, self.say, self.limits = folder, known, say, limits
+        self.study, self.end = known.study, end
+        self._benches, self._lock, self._stopped = benches, threading.RLock(), False
+
+    @property
+    def benches(self) -> list[Bench]:
+        return [bench for bench in self._benches if not bench.lost]
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    # -- the log ------------------------------------------------------------------------------------------------------
+
+    def record(
+        self, bench: Bench, candidate: str, rung: str, verdict: str, reason="", workload=None, **figures
+    ) -> None:
+        """A line, unless measuring was stopped: then workers die without fault."""
+        with self._lock:
+            if self._stopped:
+                return
+            under = self.known.under(candidate, workload)
+            shape = {"workload": str(workload)} if workload else {}
+            line = self.folder.log.append(
+                self.study.task.name, candidate, rung, verdict, reason, **shape, **figures, on=bench.device, under=under
+            )
+            self.known.add(line)
+            self.say(line)
+
+    def died(self, bench: Bench, candidate: str, rung: str, death: WorkerDied, workload=None) -> None:
+        """The line of a death, and a note where it is the last one."""
+        self.record(bench, candidate, rung, "failed", f"{death.kind}: {death}", workload, death=death.kind)
+        if self.known.quarantined(candidate):
+            self.say.note(f"candidate {candidate} is quarantined after {DEATHS} deaths")
+
+    def settled(self, *what, **on) -> dict | None:
+        """Measured.found, amid threads."""
+        with self._lock:
+            return self.known.found(*what, **on)
+
+    def screened(self, workload: Workload) -> list[dict]:
+        """Measured.screened, amid threads."""
+        with self._lock:
+            return self.known.screened(workload)
+
+    def raced(self, workload: Workload, names: list[str]) -> bool:
+        """Whether there were finals among just these."""
+        with self._lock:
+            return bool(self.known.race(workload, names))
+
+    # -- workers ------------------------------------------------------------------------------------------------------
+
+    def ask(self, bench: Bench, contenders: list[Candidate], kill: float, seconds: float = 0.0, **request) -> dict:
+        """The reply; raises WorkerDied, or TimeIsUp where it was ended at the time `kill`.
+
+        `seconds`: what the request is known to take.
+        """
+        timeout, left = self.limits.hang_s + seconds, kill - time.monotonic()
+        fields = [contender_fields(candidate, self._compiled(bench, candidate)) for candidate in contenders]
+        try:
+            return bench.worker.ask({**request, "contenders": fields}, min(timeout, left), self.say)
+        except WorkerDied as death:
+            if death.kind == "hang" and left < timeout:
+                raise TimeIsUp from None
+            raise
+
+    def _compiled(self, bench: Bench, candidate: Candidate) -> Compiled | None:
+        if not bench.facts.get("compiled", True):
+            return None
+        return Compiled(self.folder.kernels, self.folder.manifest(candidate.id))
+
+    def spread(self, work: Iterable, do: Callable[[Bench, object], None], until: float) -> None:
+        """Does all of it, a thread a bench; nothing is begun after the time `until`.
+
+        A bench whose worker does not start any more is lost; where none is left, its error is raised.
+        """
+        waiting, errors = deque(work), []
+        threads = [
+            threading.Thread(target=self._feed, args=(b, waiting, do, until, errors), daemon=True) for b in self.benches
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            self._stopped = True
+            raise
+        if bugs := [error for error in errors if not isinstance(error, KdagenError)]:
+            raise bugs[0]
+        if errors and not self.benches:
+            raise errors[0]
+
+    def _feed(self, bench: Bench, waiting: deque, do, until: float, errors: list) -> None:
+        try:
+            with contextlib.suppress(IndexError, TimeIsUp):
+                while not self._stopped and time.monotonic() < until:
+                    do(bench, waiting.popleft())
+        except Exception as error:
+            errors.append(error)
+            bench.lost = True
+            self.say.note(f"{bench.device} is given up: {error}")

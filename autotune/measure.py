@@ -1,0 +1,191 @@
+"""Candidates on devices: right first, then a first look on each shape, then finals among the best and the default.
+
+    correct   its outputs are those of the oracle (kdagen.autotune.check); a fast wrong kernel is a failure
+    screen    a few calls on each shape, fewer of what is far from the best (kdagen.autotune.timing.screen)
+    final     on each shape the best few and the untuned default, in turn (kdagen.autotune.finals)
+
+This is the coordinator: it alone writes the log. Each device is a process (kdagen.autotune.pool) that a thread feeds.
+What is in the log for the same kernels on the same machine is not done again, so that a run that was killed goes on
+where it was. A candidate that kills its worker is tried again in the next round, until it is quarantined.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from kdagen.autotune.bench import Bench, Limits, Session
+from kdagen.autotune.finals import run_finals
+from kdagen.autotune.folder import Folder
+from kdagen.autotune.measured import Measured
+from kdagen.autotune.pool import Worker, WorkerDied
+from kdagen.autotune.sweep import Candidate, Study, Workload
+from kdagen.autotune.timing import SLOWER
+
+from kdagen.errors import ArgumentError
+
+Todo = Callable[[Folder, Study, list[dict]], list[Candidate]]
+
+
+def measure(
+    folder: Folder,
+    devices: list[str],
+    deadline: float | None,
+    say,
+    workers: list | None = None,
+    *,
+    finals: bool = True,
+    limits: Limits | None = None,
+    todo: Todo | None = None,
+) -> None:
+    """Measures all that can be on these devices, until the deadline (of time.monotonic).
+
+    `workers` instead of local ones: what has `device`, `ask` and `end` as kdagen.autotune.pool.Worker has.
+    `todo`: what is to be tried as of now, if not what kdagen.autotune.search says.
+    """
+    if workers is None and (not devices or len(set(devices)) < len(devices)):
+        raise ArgumentError(
+            f"devices {', '.join(devices) or '(none)'}: expected one or more, each once, such as cuda:0"
+        )
+    if todo is None:
+        from kdagen.autotune.search import todo
+    limits, workers = limits or Limits(), workers or [Worker(device) for device in devices]
+    end = math.inf if deadline is None else deadline
+    with folder.lock():
+        try:
+            benches = _open(workers, limits, say)
+            for done, study in enumerate(folder.sweep.studies):
+                _measure(
+                    folder, study, benches, _share(end, len(folder.sweep.studies) - done), say, limits, finals, todo
+                )
+        finally:
+            for worker in workers:
+                worker.end()
+
+
+def _open(workers: list, limits: Limits, say) -> list[Bench]:
+    benches = [Bench(worker) for worker in workers]
+    for bench in benches:
+        bench.open(limits.hang_s, say)
+    return benches
+
+
+def _share(end: float, studies: int) -> float:
+    """When the next of so many studies must end."""
+    now = time.monotonic()
+    return now + (end - now) / studies
+
+
+def _measure(folder, study: Study, benches: list[Bench], end: float, say, limits, finals: bool, todo: Todo) -> None:
+    target = study.task.target
+    fit = [b for b in benches if not b.lost and b.facts.get("target", target) == target]
+    if not fit:
+        return say.note(f"{study.task.name} is for {target}: no device that is left runs it")
+    if others := [b.device for b in fit if b.machine != fit[0].machine]:
+        say.note(f"{study.task.name}: {', '.join(others)} left out, being of another kind than {fit[0].device}")
+    fit = [b for b in fit if b.machine == fit[0].machine]
+    known = Measured(folder, study, fit[0].facts, folder.log)
+    session = Session(folder, known, fit, end, say, limits)
+    _Screening(session, todo).run(_reserve(session) if finals else 0.0)
+    if finals:
+        run_finals(session)
+    return None
+
+
+def _reserve(session: Session) -> float:
+    """Seconds that are kept for finals, half as many again for starts and warming up."""
+    turns = math.ceil(len(session.study.workloads) / len(session.benches))
+    return min(1.5 * session.limits.final_s * turns, session.limits.reserve * session.left)
+
+
+class _Screening:
+    """All but the finals of a study."""
+
+    def __init__(self, session: Session, todo: Todo):
+        self.session, self.known, self.todo = session, session.known, todo
+        self.workloads, self.policy = session.study.workloads, str(session.folder.sweep.policy)
+        self.until = self.kill = session.end
+        self.noted: set[str] = set()
+
+    def run(self, reserve: float) -> None:
+        """Rounds of what is to be tried, until all of it is settled or time is up."""
+        session = self.session
+        self.until, self.kill = session.end - reserve, session.end - reserve / 2
+        while (ready := self._ready()) and time.monotonic() < self.until:
+            session.say.stage(f"measure {session.study.task.name}", len(ready) * len(self.workloads))
+            default = [c for c in ready if c.id == self.known.default]
+            session.spread(default, self._climb, self.until)
+            session.spread([c for c in ready if c not in default], self._climb_beside_default, self.until)
+
+    def _ready(self) -> list[Candidate]:
+        """What is to be tried, is fit for it, and has not been."""
+        known = self.known
+        asked = self.todo(self.session.folder, self.session.study, known.lines)
+        open_ = [c for c in asked if not known.refused(c.id) and not known.quarantined(c.id)]
+        self._note_missing([c.id for c in open_ if not known.runnable(c.id)])
+        return [c for c in open_ if known.runnable(c.id) and not known.finished(c.id)]
+
+    def _note_missing(self, candidates: list[str]) -> None:
+        if not self.noted and candidates:
+            path = self.session.folder.path
+            self.session.say.note(
+                f"{self.session.study.task.name}: {len(candidates)} candidates are not compiled and left out: "
+                f"`kdagen tune compile --dir {path}` compiles them"
+            )
+        self.noted.update(candidates)
+
+    def _climb_beside_default(self, bench: Bench, candidate: Candidate) -> None:
+        """After the default was timed on this very device, by which others are judged there."""
+        default = self.known.default
+        if default and self.session.settled(default, "correct"):
+            self._climb(bench, self.known.candidate(default), bench.device)
+        self._climb(bench, candidate)
+
+    def _climb(self, bench: Bench, candidate: Candidate, on: str | None = None) -> None:
+        """Up to the finals, or to where it fails; `on`: a time on this device is wanted."""
+        checked = self.session.settled(candidate.id, "correct")
+        alive = checked["verdict"] == "kept" if checked else self._check(bench, candidate)
+        for workload in self.workloads:
+            if alive and not self.session.settled(candidate.id, "screen", workload, on=on):
+                alive = self._screen(bench, candidate, workload)
+
+    def _check(self, bench: Bench, candidate: Candidate) -> bool:
+        reply = self._ask(bench, candidate, "correct", do="check")
+        if reply is None:
+            return False
+        verdict, reason = ("kept", "") if reply["ok"] else ("failed", reply["reason"] or "wrong")
+        self.session.record(bench, candidate.id, "correct", verdict, reason, errors=reply["errors"])
+        return reply["ok"]
+
+    def _screen(self, bench: Bench, candidate: Candidate, workload: Workload) -> bool:
+        """Whether it goes on to other shapes: also where it is slow on this one."""
+        scale, is_default = self._default_ms(bench, workload) or 1.0, candidate.id == self.known.default
+        best = min((line["relative"] for line in self.session.screened(workload)), default=None)
+        best_ms = None if best is None or is_default else best * scale
+        request = {"workload": str(workload), "policy": self.policy, "best_ms": best_ms}
+        reply = self._ask(bench, candidate, "screen", workload, 10 * scale / 1000, do="screen", **request)
+        if reply is None:
+            return False
+        reply["relative"] = 1.0 if is_default else reply["ms"] / scale
+        verdict, reason = "kept", ""
+        if reply["stopped"]:
+            verdict, reason = "rejected", f"{reply['ms'] / best_ms:.2f}x the best, more than {SLOWER}x"
+        self.session.record(bench, candidate.id, "screen", verdict, reason, workload, **reply)
+        return True
+
+    def _default_ms(self, bench: Bench, workload: Workload) -> float | None:
+        """The default's time here, else on another device of the kind."""
+        default, settled = self.known.default, self.session.settled
+        lines = [settled(default, "screen", workload, on=on) for on in (bench.device, None)]
+        return next((line["ms"] for line in lines if line and line["verdict"] == "kept"), None)
+
+    def _ask(self, bench: Bench, candidate: Candidate, rung: str, workload=None, seconds=0.0, **request) -> dict | None:
+        """The reply; None where the candidate broke, which is recorded."""
+        try:
+            reply = self.session.ask(bench, [candidate], self.kill, seconds, **request)
+        except WorkerDied as death:
+            return self.session.died(bench, candidate.id, rung, death, workload)
+        if "error" in reply:
+            return self.session.record(bench, candidate.id, rung, "failed", reply["reason"], workload)
+        return reply

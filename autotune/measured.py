@@ -1,0 +1,113 @@
+"""What of a study was measured already, as the log has it, under what a machine and its kernels are now.
+
+measure asks it what is left to do. (kdagen.autotune.standing tells people what a log comes to, under whatever it was
+measured.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from kdagen.autotune.folder import Folder
+from kdagen.autotune.log import MEASURED
+from kdagen.autotune.standing import DEATHS
+from kdagen.autotune.sweep import Candidate, Study, Workload, short_hash
+
+COMPILER = ("lowered", "ptxas", "identical")
+
+
+class Measured:
+    """The lines of one study, for a machine of these facts (kdagen.autotune.devices.Device.facts)."""
+
+    def __init__(self, folder: Folder, study: Study, facts: dict, lines: Iterable[dict] = ()):
+        self.folder, self.study, self.facts = folder, study, facts
+        self.lines: list[dict] = []
+        self.deaths: Counter[str] = Counter()
+        self._default: str | None = None
+        self._schedules: dict[str, dict] = {}
+        self._compiled: dict[str, dict] = {}  # the last line of each on a rung of the compiler
+        self._measured: dict[tuple, list[dict]] = {}  # by candidate, rung and shape
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: dict) -> None:
+        """One more line; those of other studies do not count."""
+        if line["task"] != self.study.task.name:
+            return
+        self.lines.append(line)
+        self.deaths[line["candidate"]] += "death" in line
+        if "schedule" in line:
+            self._schedules[line["candidate"]] = line["schedule"]
+        if line.get("default"):
+            self._default = line["candidate"]
+        if line["rung"] in COMPILER:
+            self._compiled[line["candidate"]] = line
+        if line["rung"] in MEASURED:
+            key = line["candidate"], line["rung"], line.get("workload")
+            self._measured.setdefault(key, []).append(line)
+
+    # -- candidates, by their ids -------------------------------------------------------------------------------------
+
+    @property
+    def default(self) -> str | None:
+        """The untuned default, or what was found to be the same binary."""
+        return self._compiled.get(self._default, {}).get("same_as", self._default)
+
+    def candidate(self, name: str) -> Candidate:
+        """That of an id."""
+        return Candidate.of(self.study.task, self._schedules[name])
+
+    def quarantined(self, candidate: str) -> bool:
+        return self.deaths[candidate] >= DEATHS
+
+    def refused(self, candidate: str) -> bool:
+        """Whether the compiler's rungs stopped it."""
+        return self._compiled.get(candidate, {"verdict": "kept"})["verdict"] != "kept"
+
+    def runnable(self, candidate: str) -> bool:
+        """Whether there is machine code for it, or need be none."""
+        return not self.facts.get("compiled", True) or (self.folder.candidates / f"{candidate}.json").exists()
+
+    def finished(self, candidate: str) -> bool:
+        """Whether it was found wrong, or was right and screened on each shape, or is not to be tried again."""
+        checked = self.found(candidate, "correct")
+        if self.quarantined(candidate) or checked is None or checked["verdict"] == "failed":
+            return self.quarantined(candidate) or checked is not None
+        return all(self.found(candidate, "screen", w) for w in self.study.workloads)
+
+    # -- lines --------------------------------------------------------------------------------------------------------
+
+    def under(self, candidate: str, workload: Workload | None = None) -> dict:
+        """All that a figure of it depends on, here and now."""
+        task, facts = self.study.task, self.facts
+        under = {"kernels": self._kernels(candidate), "policy": str(self.folder.sweep.policy)}
+        under |= {name: facts[name] for name in ("device", "processors", "versions")}
+        under |= {"dtype": task.dtype, "head_dim": list(task.head_dim)}
+        shape = {"ratio": workload.value_heads // workload.heads, "bucket": workload.bucket} if workload else {}
+        return under | shape
+
+    def _kernels(self, candidate: str) -> str:
+        known = self._compiled.get(candidate, {}).get("kernels_hash") or self.facts.get("kernels")
+        return known or short_hash(self.folder.manifest(candidate))
+
+    def found(self, candidate: str, rung: str, workload: Workload | None = None, on: str | None = None) -> dict | None:
+        """The last line that settles it there (and on that device, if one is said); a death settles nothing."""
+        under = self.under(candidate, workload)
+        for line in reversed(self._measured.get((candidate, rung, str(workload) if workload else None), ())):
+            if "death" not in line and line["under"] == under and on in (None, line.get("on")):
+                return line
+        return None
+
+    def screened(self, workload: Workload) -> list[dict]:
+        """A line of each that is right and was not stopped on a shape, the fastest first."""
+        ids = {candidate for candidate, rung, shape in self._measured if (rung, shape) == ("screen", str(workload))}
+        lines = [self.found(candidate, "screen", workload) for candidate in ids if not self.quarantined(candidate)]
+        kept = [line for line in lines if line and line["verdict"] == "kept"]
+        return sorted(kept, key=lambda line: (line["relative"], line["candidate"]))
+
+    def race(self, workload: Workload, contenders: list[str]) -> list[dict]:
+        """The lines of the last finals that were run among these, whole; [] if there were none."""
+        lines = [self.found(candidate, "final", workload) for candidate in contenders]
+        same = {(line["race"], line["among"]) for line in lines if line and line["verdict"] == "kept"}
+        return lines if all(lines) and same == {(lines[0].get("race"), len(contenders))} else []
