@@ -9,6 +9,7 @@ from functools import cache, cached_property
 
 from kdagen.autotune.defaults import default_decode_schedule, default_schedule, default_training_schedule
 from kdagen.autotune.sweep import Task
+
 from kdagen.derive.adjoint import adjoint
 from kdagen.derive.canonical import canonical as derive_canonical
 from kdagen.derive.chunk import chunk_form

@@ -1,7 +1,7 @@
-"""Which schedules there are: a product of typed axes, and named constraints that say which of it is legal, and why not.
+"""Which schedules there are: a product of typed axes, and named constraints that say what of it is legal, and why not.
 
-Each family of kernels has a file: forward, training, decode and, for the CPU, cpu. A constraint names the fields that it
-looks at, so what it refuses is counted, and logged, once for all candidates that share them.
+Each family of kernels has a file: forward, training, decode and, for the CPU, cpu. A constraint names the fields that
+it looks at, so what it refuses is counted, and logged, once for all candidates that share them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from kdagen.autotune.sweep import CPU, Task
+
 from kdagen.errors import ArgumentError
 from kdagen.schedule import Choices
 

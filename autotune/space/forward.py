@@ -1,4 +1,4 @@
-"""Schedules of the forward in inference: a prepare kernel, a scan, and an output kernel where the cut lies before it."""
+"""Schedules of inference: a prepare kernel, a scan, and an output kernel where the cut lies before it."""
 
 from __future__ import annotations
 

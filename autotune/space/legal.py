@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from kdagen.autotune.space import Axis, Constraint
 from kdagen.autotune.sweep import Task
 from kdagen.autotune.tiles import Tile, lowering
+
 from kdagen.errors import ScheduleError
 from kdagen.lower import check
 from kdagen.schedule import Choices, DecayForm

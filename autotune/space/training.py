@@ -15,6 +15,7 @@ from kdagen.autotune.space.legal import (
 )
 from kdagen.autotune.sweep import Task
 from kdagen.autotune.tiles import lowering
+
 from kdagen.schedule import Keep
 
 PREPARE = ("chunk_size", "decay", "prepare_threads")
