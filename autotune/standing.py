@@ -84,6 +84,13 @@ class Standing:
         if (study := self.studies.get(line.get("task"))) is not None:
             study.add(line)
 
+    @property
+    def there(self) -> str:
+        """How far the log has come, in words; "" for an empty one."""
+        words = {"model": "planned", "identical": "compiled", "screen": "screened", "final": "in finals"}
+        counts = {word: sum(len(s.lines[rung]) for s in self.studies.values()) for rung, word in words.items()}
+        return ", ".join(f"{n} candidates {word}" for word, n in counts.items() if n)
+
 
 class StudyStanding:
     """One study: its lines by rung and candidate."""

@@ -1,0 +1,50 @@
+"""All of a sweep on one machine: plan, compile, measure, again while the search finds more to try, publish.
+
+Whenever it is stopped, the folder is of use: whatever was found is in its log, and the next run goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from kdagen.autotune.compile import compile_candidates
+from kdagen.autotune.folder import Folder
+from kdagen.autotune.measure import measure
+from kdagen.autotune.plan import plan
+from kdagen.autotune.publish import publish
+from kdagen.autotune.sweep import CPU
+
+COMPILE_SHARE = 0.6  # of the budget that is left: a candidate compiles for a minute, is measured within seconds
+
+
+def tune(
+    folder: Folder,
+    devices: list[str],
+    jobs: int | None,
+    deadline: float | None,
+    say,
+    into: Path | None = None,
+    compilers=compile_candidates,
+) -> list[Path]:
+    """Tunes until nothing is left to do, or the deadline (of time.monotonic); returns the tables that it wrote."""
+    plan(folder, say)
+    compiled = any(study.task.target != CPU for study in folder.sweep.studies)
+    while True:
+        before = lines(folder)
+        if compiled:
+            compilers(folder, jobs, share(deadline), say)
+        measure(folder, devices, deadline, say)
+        if lines(folder) == before or (deadline is not None and time.monotonic() >= deadline):
+            return publish(folder, into)
+
+
+def lines(folder: Folder) -> int:
+    """How much is there."""
+    return sum(1 for _ in folder.log)
+
+
+def share(deadline: float | None) -> float | None:
+    """When compilers must stop so that time is left to measure what they made."""
+    now = time.monotonic()
+    return None if deadline is None else now + COMPILE_SHARE * max(0.0, deadline - now)
