@@ -57,9 +57,9 @@ class Entry:
     facts: dict = field(default_factory=dict, compare=False, hash=False)  # kernels, ms, low, high, default_ms, versions
 
     @property
-    def how(self) -> str:
-        """What its schedule comes from: "measured", or "model" where a build chose it for a GPU without a table."""
-        return self.facts.get("how", "measured")
+    def modelled(self) -> bool:
+        """Whether nobody measured it: a build chose it for a GPU that no table speaks of."""
+        return self.facts.get("how") == "model"
 
     def line(self) -> dict:
         """The inverse of `entry_of`, as a table has it."""
@@ -83,21 +83,29 @@ def select(key: Key, entries: Iterable[Entry] | None = None, usable: Callable[[d
     """The choice for a call: deterministic, whatever the order of entries; schedules that are not `usable` are none."""
     fits = [e for e in (tables() if entries is None else entries) if e.key.fixed == key.fixed]
     fits = [e for e in fits if usable is None or usable(e.schedule)]
-    device = (key.device, key.processors)
-    found = {(e.key.device, e.key.processors) for e in fits}
-    if not fits or (key.target == "cpu" and device not in found):  # another CPU's caches say nothing of this one's
-        return Selection(None, "default", f"no table for {key.device} with {key.processors} processors")
-    nearest = device if device in found else min(found, key=lambda other: _apart(device, other))
-    best = min((e for e in fits if (e.key.device, e.key.processors) == nearest), key=lambda e: _order(e, key))
-    if nearest != device:
-        return Selection(best.schedule, "nearest GPU", f"as tuned for {nearest[0]}, bucket {best.key.bucket}", best)
-    if best.key.bucket != key.bucket:
-        return Selection(
-            best.schedule, "nearest bucket", f"as tuned for bucket {best.key.bucket}, not {key.bucket}", best
-        )
-    if best.how == "model":
-        return Selection(best.schedule, "model", f"as chosen for {key.device}, bucket {key.bucket}, unmeasured", best)
-    return Selection(best.schedule, "exact", f"as tuned for {key.device}, bucket {key.bucket}", best)
+    measured, device = [e for e in fits if not e.modelled], (key.device, key.processors)
+    devices = {(e.key.device, e.key.processors) for e in measured}
+    if key.target == "cpu":  # another CPU's cores and caches say nothing of this one's
+        devices &= {device}
+    if devices:
+        nearest = device if device in devices else min(devices, key=lambda other: _apart(device, other))
+        best = min((e for e in measured if (e.key.device, e.key.processors) == nearest), key=lambda e: _order(e, key))
+        return _selected(best, key)
+    chip = gpus.find(key.device)
+    if chip and (modelled := [e for e in fits if e.modelled and gpus.find(e.key.device) is chip]):
+        best = min(modelled, key=lambda e: _order(e, key))
+        return Selection(best.schedule, "model", f"as chosen for {chip.name}, bucket {best.key.bucket}", best)
+    return Selection(None, "default", f"no table for {key.device} with {key.processors} processors")
+
+
+def _selected(best: Entry, key: Key) -> Selection:
+    """An entry that was measured, and how near it is."""
+    device, bucket = best.key.device, best.key.bucket
+    if (device, best.key.processors) != (key.device, key.processors):
+        return Selection(best.schedule, "nearest GPU", f"as tuned for {device}, bucket {bucket}", best)
+    if bucket != key.bucket:
+        return Selection(best.schedule, "nearest bucket", f"as tuned for bucket {bucket}, not {key.bucket}", best)
+    return Selection(best.schedule, "exact", f"as tuned for {device}, bucket {bucket}", best)
 
 
 def select_compiling(
@@ -110,13 +118,14 @@ def select_compiling(
             compiles(found.schedule)
             return found
         except KdagenError as error:
-            _warn(found.entry, str(error))
+            warn(found.entry, str(error))
             left = [e for e in left if e.schedule != found.schedule]
     return found
 
 
 @functools.cache
-def _warn(entry: Entry, problem: str) -> None:
+def warn(entry: Entry, problem: str) -> None:
+    """Says once that an entry's schedule is none any more."""
     k = entry.key
     log.warning(
         "the schedule of %s %s that was tuned for %s, bucket %d, is passed over, for it does not compile any more: %s: "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -119,14 +121,25 @@ def choices(texts: tuple[str, ...], option: str = "--schedule") -> dict:
     help="A choice of the schedule of decoding, such as v_tile=64; repeatable.",
 )
 @click.option(
+    "--gpu",
+    help="Tuned schedules for this GPU alone, such as H100; where no table speaks of it, those of the nearest GPU, or "
+    "the model's choice.  [default: those of all GPUs of --arch that have a table]",
+)
+@click.option("--untuned", is_flag=True, help="The default schedules alone.")
+@click.option(
     "--templates",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A folder of kernel skeletons that come before kdagen's own.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at once.  [default: the number of cores]")
-def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, state_layout, state_dtype, **chosen) -> None:
+def command(
+    arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, state_layout, state_dtype, gpu, untuned, **chosen
+) -> None:
     """Compile kernels for the GPUs of --arch: those of inference, of training (forward and backward) and of decoding.
+
+    Beside those of the default schedules, those of each schedule that was tuned for a GPU of that arch, unless the
+    schedule is given here.
 
     Needs nvcc and a C compiler, no GPU. For each kernel: its TileLang source, its CUDA source, a library that loads
     without any compiler, and manifest.json. Then `from kdagen_ops import kda` gives the op on a GPU machine.
@@ -140,12 +153,13 @@ def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, state_
     archs = [target(name).name for names in arch for name in names]
     dims, compilers = pair("--head-dim", head_dim), _compilers(**chosen)
     more = {"template_folders": templates, "state": StateType(state_layout, state_dtype)}
+    _check_gpu(gpu, archs, untuned)
     sources = [
         source
         for op in ops
         for name in archs
-        for make, fields in compilers
-        if (source := make(load(op), dims, dtype, name, fields, gate_dtype, **more))
+        for how in compilers
+        for source in _sources(load(op), how, (dims, dtype, name), gate_dtype, more, gpu, untuned or bool(templates))
     ]
     built = build(sources, out, jobs, Progress())
     click.echo(summary(built), nl=False)
@@ -155,17 +169,46 @@ def command(arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, state_
     click.echo(f"use:  from {out.name} import {', '.join(dict.fromkeys(b.name for b in built))}")
 
 
-def _compilers(purposes, schedule, keep: str, training_schedule, decode_schedule) -> list[tuple]:
-    """What makes an OpSource, and the fields of its schedule that were chosen, for each purpose that is wanted."""
+class How(NamedTuple):
+    """What makes an OpSource for a purpose, and the fields of its schedule that were chosen."""
+
+    make: Callable
+    fields: dict
+    given: bool  # by the user, so that no tuned one is looked for
+
+
+def _compilers(purposes, schedule, keep: str, training_schedule, decode_schedule) -> list[How]:
+    """For each purpose that is wanted."""
     from kdagen import pipeline
 
     training = {"keep": keep} | choices(training_schedule, "--training-schedule")
     found = {
-        "inference": (pipeline.compile_op, choices(schedule)),
-        "training": (partial(_training, alone=purposes == ("training",)), training),
-        "decode": (pipeline.compile_decode, choices(decode_schedule, "--decode-schedule")),
+        "inference": How(pipeline.compile_op, choices(schedule), bool(schedule)),
+        "training": How(partial(_training, alone=purposes == ("training",)), training, bool(training_schedule)),
+        "decode": How(pipeline.compile_decode, choices(decode_schedule, "--decode-schedule"), bool(decode_schedule)),
     }
     return [how for purpose, how in found.items() if not purposes or purpose in purposes]
+
+
+def _sources(recurrence, how: How, what: tuple, gate_dtype, more: dict, gpu: str | None, untuned: bool) -> list:
+    """The OpSource of a purpose and, where its schedule was left to kdagen, those of the schedules that were tuned."""
+    from kdagen.autotune.variants import variants
+
+    def make(fields: dict):
+        return how.make(recurrence, *what, fields, gate_dtype, **more)
+
+    if (source := make(how.fields)) is None:
+        return []
+    return [source] if untuned or how.given else variants(source, recurrence, gate_dtype, make, gpu)
+
+
+def _check_gpu(gpu: str | None, archs: list[str], untuned: bool) -> None:
+    from kdagen.autotune.variants import check_gpu
+
+    if gpu and untuned:
+        raise ArgumentError("--gpu chooses among tuned schedules, --untuned leaves them out: expected one of the two")
+    if gpu:
+        check_gpu(gpu, archs)
 
 
 def _training(recurrence, dims, dtype, arch, fields, *args, alone: bool, **options):

@@ -54,7 +54,10 @@ def build(sources: Sequence, out_dir: Path, jobs: int | None = None, progress: P
     """
     folders.check_ours(out_dir)
     entries = compile_kernels(sources, jobs, progress or Progress(silent=True))
-    return [_write(source, entries, out_dir) for source in sources]
+    built = [_write(source, entries, out_dir) for source in sources]
+    for place in {b.folder for b in built if not manifests.TUNED.search(b.folder.name)}:
+        folders.remove_tuned(place, keep={b.folder for b in built})
+    return built
 
 
 def build_cached(source, jobs: int | None = None, progress: Progress | None = None) -> Path:
@@ -104,7 +107,8 @@ def jobs_of(source) -> list[Job]:
 
 def _write(source, entries, out_dir: Path) -> Built:
     files, contents, kernels = _assemble(source, entries)
-    place = folders.write_op(out_dir, source.name, manifests.variant(contents["plan"]), files, contents)
+    name = (manifests.tuned_variant if source.beside else manifests.variant)(contents["plan"])
+    place = folders.write_op(out_dir, source.name, name, files, contents)
     return Built(source.name, source.target, place, kernels, manifests.purpose(contents["plan"]))
 
 
@@ -125,6 +129,7 @@ def manifest_of(source, reports: list[dict]) -> dict:
     versions = {"kdagen": kdagen.__version__, "tilelang": _versions()["tilelang"]}
     if gpu.compiles:
         versions["nvcc"] = toolchain.find_nvcc().version
+    tuned = {"tuned": list(source.tuned)} if source.tuned else {}
     return {
         "name": source.name,
         "digest": manifests.digest(source),
@@ -132,5 +137,6 @@ def manifest_of(source, reports: list[dict]) -> dict:
         "host": platform.machine() if gpu.compiles else None,
         "versions": versions,
         "plan": source.plan(),
+        **tuned,
         "kernels": [{k: v for k, v in r.items() if k not in TRANSIENT} for r in reports],
     }

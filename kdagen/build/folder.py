@@ -77,6 +77,13 @@ def write_variant(place: Path, files: list[Path], contents: dict) -> Path:
     return place
 
 
+def remove_tuned(place: Path, keep: set[Path]) -> None:
+    """Removes folders of tuned schedules beside that of the default one: those of an earlier build."""
+    for old in sorted(place.parent.glob(f"{place.name}-t*")):
+        if manifests.TUNED.fullmatch(old.name.removeprefix(place.name)) and old not in keep:
+            shutil.rmtree(old)
+
+
 def _package(out: Path) -> str:
     names = sorted(path.parent.parent.name for path in out.glob(f"[!.]*/[!.]*/{manifests.MANIFEST}"))
     names = list(dict.fromkeys(names))

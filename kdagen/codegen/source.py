@@ -74,6 +74,8 @@ class OpSource:
     passes: dict | None = None  # names of the kernels of "forward" and "backward", or of "decode", in launch order
     kept: tuple[str, ...] = ()  # in training: the workspaces that the forward leaves for the backward
     state: StateType = DEFAULT  # how states are given and returned
+    tuned: tuple[dict, ...] = ()  # lines of tables that chose this schedule: no part of the plan
+    beside: bool = False  # whether its folder stands beside that of the default schedule
 
     @property
     def training(self) -> bool:

@@ -103,11 +103,13 @@ class JustInTime:
     def _choice(self, gpu: Target, want: Want) -> Selection:
         """What is chosen, and can be had: what is built already comes before what no table knows, or no nvcc makes."""
         from kdagen.autotune.choose import choose
+        from kdagen.autotune.sweep import Task
 
         key, o = want.key, self.options
         if (key.head_dim, key.dtype, key.gate_dtype) != (o.head_dim, o.dtype, o.gate_dtype or o.dtype):
             return Selection(None, "default", "compiled for other dtypes or head dims")
-        found = choose(key, lambda schedule: self.source(gpu, key.purpose, schedule), want.usable)
+        task = Task(self.recurrence, key.purpose, gpu.name, key.device, o.head_dim, o.dtype, o.gate_dtype, o.state)
+        found = choose(key, lambda schedule: self.source(gpu, key.purpose, schedule), task, want.usable, want.keep)
         if found.schedule is None or self.find(gpu, key.purpose, found.schedule):
             return found
         if (found.how == "model" or not _has_nvcc()) and self.find(gpu, key.purpose):
