@@ -18,6 +18,7 @@ from kdagen.autotune.expected import Oracle, oracle
 from kdagen.autotune.guarded import Guarded, same_bits, unwritten
 from kdagen.autotune.sweep import Task
 
+ELEMENTS = ", an element"  # ends the name of such an error
 ELEMENT = 20  # times the tolerance of the norm: what an element may be off, as a part of the largest one
 
 
@@ -115,7 +116,7 @@ def _errors(name: str, found, expected, most: float) -> list[tuple[str, float, f
 
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     element = float((found - expected).abs().max()) / largest if largest else 0.0
-    return [(name, relative_error(found, expected), most), (f"{name}, an element", element, ELEMENT * most)]
+    return [(name, relative_error(found, expected), most), (f"{name}{ELEMENTS}", element, ELEMENT * most)]
 
 
 def tolerances(source: Oracle) -> dict[str, float]:

@@ -24,6 +24,8 @@ import gpu_inference
 import gpu_timing as timing
 import gpu_training
 from gpu_report import DECODE, INFERENCE, TRAINING, Case, plan_table, rows, table
+from kdagen.autotune import launches
+from kdagen.autotune.devices.clock import sets_needed
 from rich.console import Console
 
 from kdagen.errors import ArgumentError, LaunchError
@@ -37,8 +39,7 @@ QUICK_SHAPES = [(8192, 64), (2048, 12)]
 RAGGED = [((1300, 547, 2048, 963, 271, 3063), 64), ((1024,) * 8, 64), ((1300, 547, 2048, 963, 271, 3063), 96)]
 DECODED = [(batch, heads) for heads in (32, 128) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256)]  # B, H
 QUICK_DECODED = [(1, 32), (32, 32), (256, 32)]
-CHECKED = (2, 100, 3)
-CHECKED_LENGTHS = (37, 1, 62)
+CHECKED = (2, 100, 3)  # B, T, H of what peers are checked on
 console = Console(width=180, highlight=False, soft_wrap=True)
 
 
@@ -71,21 +72,17 @@ def shapes(purpose: str, batch: int | None, tokens, heads, quick: bool) -> list[
 
 
 def check(purpose: str, op: str, kernels: dict) -> dict[str, dict]:
-    """The errors of each contender on a small shape, with what they may be; none if it does not run."""
-    found = {label: check_kernels(WORK[purpose], op, label, loaded) for label, loaded in kernels.items()}
+    """The errors of each contender on small shapes, with what they may be; none if it does not run."""
+    found = {label: check_kernels(op, label, loaded) for label, loaded in kernels.items()}
     if peer := contenders.peer(op, purpose):
         found[peer.label] = check_peer(WORK[purpose], op, peer, next(iter(kernels.values())))
     return found
 
 
-def check_kernels(work, op: str, label: str, kernels) -> dict:
-    """Their errors, the largest over slow gates, fast gates and full resets."""
+def check_kernels(op: str, label: str, kernels) -> dict:
+    """Their errors; a launch that fails is one."""
     try:
-        given = [contenders.arguments(kernels, CHECKED, gate=gate) for gate in work.GATES]
-        if work is gpu_inference:  # of training and decoding, tests/gpu has ragged batches
-            whole = (1, sum(CHECKED_LENGTHS), CHECKED[2])
-            given.append(contenders.ragged(contenders.arguments(kernels, whole), CHECKED_LENGTHS))
-        return contenders.merged([work.check_kernels(op, kernels, arguments) for arguments in given])
+        return contenders.check_kernels(op, kernels)
     except (LaunchError, ArgumentError) as error:
         console.print(f"{op} {label}: {error}")
         return {"launch": (math.nan, 0.0)}
@@ -94,7 +91,7 @@ def check_kernels(work, op: str, label: str, kernels) -> dict:
 def check_peer(work, op: str, peer, kernels) -> dict:
     """Its errors; that it does not run here says nothing about kdagen."""
     try:
-        return work.check_peer(op, peer, kernels, contenders.arguments(kernels, CHECKED))
+        return work.check_peer(op, peer, kernels, launches.arguments(kernels, CHECKED))
     except Exception as error:
         console.print(f"{op}: {peer.label} does not run here: {type(error).__name__}: {error}")
         return {}
@@ -114,12 +111,12 @@ def comparable(case: Case, errors: dict):
 
 def inputs(case: Case, l2_bytes: int) -> list[dict]:
     """Sets of inputs: what all share, and for each kind of kernels these with workspaces and results."""
-    made, work = [], WORK[case.purpose]
-    for seed in range(timing.sets_needed(case.least_bytes[""], l2_bytes)):
-        drawn = contenders.arguments(case.first, case.shape, seed, case.gate)
-        long = contenders.stretched(case.first, drawn, case.shape[1])
-        shared = work.inputs(case.first, contenders.ragged(long, case.lengths), seed)
-        made.append(shared | {label: work.with_results(k, shared) for label, k in case.kernels.items()})
+    made, (batch, tokens, heads) = [], case.shape
+    for seed in range(sets_needed(case.least_bytes[""], l2_bytes)):
+        drawn = launches.arguments(case.first, (batch, min(tokens, launches.SAMPLED), heads), case.gate, seed)
+        long = launches.stretched(case.first, contenders.on_gpu(drawn), tokens)
+        shared = launches.shared_inputs(case.first, launches.ragged(long, case.lengths), seed)
+        made.append(shared | {label: launches.memory(k, shared) for label, k in case.kernels.items()})
     return made
 
 

@@ -1,7 +1,7 @@
 """What gpu.py times: kdagen's built kernels, and flash-linear-attention's functions where it is installed.
 
-Here are their tensors and bytes, alike in inference and in training; what is called, and how it is checked, differs:
-gpu_inference.py, gpu_training.py, gpu_decode.py.
+Here is what is alike in inference and in training; what is called, and how a peer is checked, differs:
+gpu_inference.py, gpu_training.py, gpu_decode.py. Kernels' tensors and launches are in kdagen.autotune.launches.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from kdagen.autotune import launches
+from kdagen.autotune.check import ELEMENTS, check
+from kdagen.autotune.sweep import Task
 
 from kdagen import zoo
 from kdagen.errors import ArtefactError
-from kdagen.ir.canonical_json import from_json
 from kdagen.reference import recurrence_reference
-from kdagen.runtime.capacities import ZERO, capacities
-from kdagen.runtime.layout import ALLOCATED
 from kdagen.runtime.loader import LoadedOp, load_op
-from kdagen.runtime.package import BuiltOp
 
 DEVICE = "cuda"
 SCALE = 128**-0.5  # of the zoo's kda_softplus and kda_bounded
-SAMPLED = 512  # tokens drawn; longer sequences repeat them
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 GATED = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
 
 
@@ -122,150 +121,38 @@ def packages(folders: list[Path]) -> list[Path]:
     return found
 
 
-def arguments(kernels: LoadedOp, shape: tuple[int, int, int], seed: int = 0, gate: str = "mild") -> dict:
-    """Arguments for (B, T, H) on the CPU, in the dtypes of the plan; at most SAMPLED tokens."""
-    import torch
-
-    (batch, tokens, heads), plan = shape, kernels.plan
-    dims = (batch, min(tokens, SAMPLED), heads, plan["dims"]["K"], plan["dims"]["V"])
-    drawn = zoo.sample(from_json(plan["recurrence"]["canonical"]), dims, gate, seed)
-    return {n: x.to(getattr(torch, plan["tensors"][n]["dtype"])) for n, x in drawn.items()}
-
-
-def stretched(kernels: LoadedOp, drawn: dict, tokens: int) -> dict:
-    """The same on the GPU, as many tokens long as asked for."""
-    import torch
-
-    moved = on_gpu(drawn)
-    if tokens <= SAMPLED:
-        return moved
-    order = torch.arange(tokens, device=DEVICE) % SAMPLED
-    long = [n for n in moved if "T" in kernels.plan["tensors"][n]["shape"]]
-    return {**moved, **{n: moved[n].index_select(1, order) for n in long}}
+def check_kernels(op: str, kernels: LoadedOp) -> dict[str, tuple[float, float]]:
+    """Errors of results, in training of gradients too, and what they may be: the tuner's check of a candidate."""
+    plan = kernels.plan
+    head_dim = plan["dims"]["K"], plan["dims"]["V"]
+    task = Task(op, kernels.purpose, plan["target"], DEVICE, head_dim, plan["dtype"], state=kernels.state)
+    found = check(task, partial(launches.run, kernels), DEVICE, plan)
+    errors = {name: tuple(pair) for name, pair in found["errors"].items() if not name.endswith(ELEMENTS)}
+    return errors if found["ok"] else errors | {found["reason"]: (math.nan, 0.0)}
 
 
-def ragged(arguments: dict, lengths) -> dict:
-    """The same as sequences of these lengths; arguments of a batch if there are none."""
-    import torch
-
-    if not lengths:
-        return arguments
-    device = next(iter(arguments.values())).device
-    return {**arguments, "cu_seqlens": torch.tensor([0, *lengths], device=device).cumsum(0)}
-
-
-def reference(op: str, kernels: LoadedOp, given: dict, state=None) -> tuple:
-    """(output, final states) by the recurrence, token by token in float64 on the CPU; `given` may be ragged."""
-    import torch
-
-    given, entry = dict(given), zoo.get(op)
-    if (ends := given.pop("cu_seqlens", None)) is None:
-        return recurrence_reference(entry, given, state)
-    tokens = {n for n in given if "T" in kernels.plan["tensors"][n]["shape"]}
-    rows = [slice(*pair) for pair in zip(ends.tolist(), ends.tolist()[1:])]
-    found = [recurrence_reference(entry, {n: x[:, r] if n in tokens else x for n, x in given.items()}) for r in rows]
-    outs, finals = zip(*found)
-    return torch.cat(outs, 1), torch.cat(finals)
-
-
-def plain(kernels: LoadedOp, state):
-    """A state of these kernels as the recurrence has it: [N, HV, K, V]."""
-    return state if kernels.state.layout == "KV" else state.mT
-
-
-def of_type(kernels: LoadedOp, state):
-    """A state [N, HV, K, V] as these kernels take it."""
-    import torch
-
-    return plain(kernels, state).contiguous().to(getattr(torch, kernels.state.dtype))
+def reference(op: str, given: dict, state=None) -> tuple:
+    """(output, final states) by the recurrence, token by token in float64 on the CPU."""
+    return recurrence_reference(zoo.get(op), given, state)
 
 
 def on_gpu(tensors: dict) -> dict:
     """Copies of tensors."""
-    return {name: x.to(DEVICE) for name, x in tensors.items()}
+    return launches.on_device(tensors, DEVICE)
 
 
-def with_results(kernels: LoadedOp, given: dict) -> dict:
-    """What kernels take for these arguments: with zero states and cotangents, workspaces and results, all in place."""
-    import torch
-
-    memory, roles = {}, {name: spec["role"] for name, spec in kernels.plan["tensors"].items()}
-
-    def zeros(shape, dtype, device, zero):
-        return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
-
-    for which in kernels.passes:
-        shared = {n: x for n, x in memory.items() if n not in given and roles[n] in (*ALLOCATED, *ZERO)}
-        memory |= kernels.memory({**given, **shared}, which, zeros)
-    return memory
-
-
-def short(kernels: LoadedOp, name: str) -> str:
-    """A kernel's name without its op's: two of one family, such as scans, are told apart."""
-    return name.removeprefix(f"{kernels.plan['name']}_")
-
-
-def kernel_calls(kernels: LoadedOp, label: str) -> dict[str, Callable]:
-    """Each kernel by itself, by its short name, on a set of inputs that has its tensors under `label`."""
-    functions = kernels.functions()
-
-    def alone(launch: dict) -> Callable:
-        function = functions[launch["name"]]
-        return lambda given: function(*(given[label][name] for name in launch["params"]))
-
-    return {short(kernels, launch["name"]): alone(launch) for launch in kernels.plan["kernels"]}
-
-
-def pass_call(kernels: LoadedOp, label: str, which: str) -> Callable:
-    """The kernels of a pass, one after the other."""
-    alone = kernel_calls(kernels, label)
-    launches = [alone[short(kernels, launch["name"])] for launch in kernels.passes[which]]
-    return lambda given: [launch(given) for launch in launches]
-
-
-def called(kernels: LoadedOp) -> Callable:
-    """The op that people call, of the folder that these kernels are in, on arguments by name."""
-    op = op_of(kernels)
-    return lambda tensors: op(**tensors, output_final_state=True)
-
-
-def op_of(kernels: LoadedOp) -> BuiltOp:
-    """That op, for the type of states of these kernels."""
-    return BuiltOp(kernels.folder.parent, kernels.state)
-
-
-def tensor_bytes(kernels: LoadedOp, shape: tuple[int, int, int], *roles: str, sequences: int = 0) -> int:
-    """Bytes of all tensors of these roles, for (B, T, H) or, in all these tokens, so many sequences."""
-    (batch, tokens, heads), plan = shape, kernels.plan
-    count = sequences or batch
-    dims = {**plan["dims"], "H": heads, "HV": heads, "S": count, "W": 1}
-    dims |= capacities(batch * tokens, count, plan["chunk_size"] or 1, plan["schedule"])
-    specs = [spec for spec in plan["tensors"].values() if spec["role"] in roles]
-    return sum(math.prod(kernels.shape(spec["name"], dims)) * BYTES[spec["dtype"]] for spec in specs)
-
-
-def least_bytes(kernels: LoadedOp, shape: tuple[int, int, int]) -> dict[str, int]:
-    """The least that any kernels could move: in inference, each argument read once and the output written once.
-
-    In training that is the forward's; the backward reads arguments and the output's cotangent, and writes gradients.
-    In decoding states are read and written besides. Parts are named as `modelled_bytes` names them; "" is the whole.
-    """
-    forward = tensor_bytes(kernels, shape, "argument", "out")
-    if kernels.purpose == "decode":
-        return {"": forward + tensor_bytes(kernels, shape, "state_pool", "new_state_pool")}
-    if not kernels.training:
-        return {"": forward}
-    backward = tensor_bytes(kernels, shape, "argument", "d_out", "gradient")
-    return {"": forward + backward, "forward": forward, "backward": backward}
+def of(label: str, call: Callable) -> Callable:
+    """A call on the tensors that a set of inputs has under a label."""
+    return lambda given: call(given[label])
 
 
 def modelled_bytes(kernels: LoadedOp, shape: tuple[int, int, int]) -> dict[str, float]:
     """What each kernel, each pass and the whole moves by the manifest's model, states left out but in decoding."""
-    states = tensor_bytes(kernels, shape, "state_pool", "new_state_pool")
+    states = launches.tensor_bytes(kernels, shape, "state_pool", "new_state_pool")
     moved = {k["name"]: k["bytes_a_token"] * math.prod(shape) + states for k in kernels.plan["kernels"]}
     passes = {which: sum(moved[k["name"]] for k in launches) for which, launches in kernels.passes.items()}
     parts = passes if kernels.training else {}
-    return {"": sum(passes.values()), **parts, **{short(kernels, name): n for name, n in moved.items()}}
+    return {"": sum(passes.values()), **parts, **{launches.short(kernels, name): n for name, n in moved.items()}}
 
 
 def merged(errors: list[dict]) -> dict[str, tuple[float, float]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import gpu_contenders as contenders
+from kdagen.autotune import launches
 from rich.table import Table
 
 INFERENCE, TRAINING, DECODE = "inference", "training", "decode"
@@ -38,7 +39,7 @@ class Case:
     @property
     def least_bytes(self) -> dict[str, int]:
         """The least traffic by part."""
-        return contenders.least_bytes(self.first, self.shape)
+        return launches.least_bytes(self.first, self.shape)
 
     @property
     def size(self) -> str:
@@ -131,8 +132,8 @@ def plan_table(todo: list[Case], modes, rounds: int) -> Table:
         for label, kernels in case.kernels.items():
             schedule = kernels.plan["schedule"]
             moved = contenders.modelled_bytes(kernels, case.shape)[""] / tokens
-            roles = ("argument", "d_out", "state_pool", *contenders.ALLOCATED)
-            memory = contenders.tensor_bytes(kernels, case.shape, *roles, sequences=len(case.lengths))
+            roles = ("argument", "d_out", "state_pool", *launches.ALLOCATED)
+            memory = launches.tensor_bytes(kernels, case.shape, *roles, sequences=len(case.lengths))
             made.add_row(
                 case.op, case.size, case.purpose, case.gate, label,
                 f"{schedule.get('decay', '')}, {kernels.plan['chunk_size']}",

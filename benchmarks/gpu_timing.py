@@ -1,40 +1,26 @@
 """Timing on one GPU: contenders taken in turn, in one process, on inputs that the L2 cache does not hold.
 
-Knows nothing of recurrences: a contender is a callable that takes one set of inputs, or a Call.
+Knows nothing of recurrences: a contender is a callable that takes one set of inputs, or a Call. How one call is timed
+is the tuner's too (kdagen.autotune.devices.clock); here are tables' figures of many, ceilings, and facts.
 """
 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import itertools
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from kdagen.autotune.devices.clock import Call, replays, timed, warm_up
+from kdagen.autotune.devices.cuda import installed, smi
 
 MODES = {
     "device": "the GPU's time: it is kept busy while the host issues the launches",
     "eager": "as called: what the host does between launches counts where the GPU waits for it",
     "graph": "replays of a CUDA graph",
 }
-AHEAD = 4_000_000  # clock cycles of sleep, 2 ms or so, in which the host issues a whole call
-COLD = 3  # the sets of inputs hold this many times the L2 cache, together
-MOST_SETS = 16
-WARM_UPS = 3
-SMI = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is timed, perhaps after what is not: `run` takes what `before` makes of a set of inputs."""
-
-    run: Callable
-    before: Callable = staticmethod(lambda given: given)
-    ahead: int = AHEAD  # for a host that takes long to issue it: more
-
-    def __call__(self, given):
-        return self.run(self.before(given))
+SMI = ("name", "driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
 @dataclass(frozen=True)
@@ -48,57 +34,20 @@ class Times:
     calls: int
 
 
-def sets_needed(bytes_a_set: int, l2_bytes: int) -> int:
-    """How many sets of inputs, used in turn, make each one cold again before its next use."""
-    return max(
-        1, min(MOST_SETS, -(-COLD * l2_bytes // max(1, bytes_a_set)) + 1 if bytes_a_set < COLD * l2_bytes else 1)
-    )
-
-
 def measure(contenders: dict[str, Callable | Call], sets: Sequence, calls: int, mode: str) -> dict[str, Times]:
     """Times of each contender, `calls` each: in every round each has one call, and the order moves on by one."""
     import torch
 
     for call in contenders.values():
-        for given in itertools.islice(itertools.cycle(sets), WARM_UPS):
-            call(given)
-    torch.cuda.synchronize()
-    run = {label: _replays(call, sets) if mode == "graph" else call for label, call in contenders.items()}
+        warm_up(call, sets)
+    run = {label: replays(call, sets) if mode == "graph" else call for label, call in contenders.items()}
     samples: dict[str, list] = {label: [] for label in contenders}
     turn, labels = itertools.count(), list(contenders)
     for round_ in range(calls):
         for label in labels[round_ % len(labels) :] + labels[: round_ % len(labels)]:
-            samples[label].append(_timed(run[label], sets[next(turn) % len(sets)], mode))
+            samples[label].append(timed(run[label], sets[next(turn) % len(sets)], mode))
         torch.cuda.synchronize()
     return {label: _times([start.elapsed_time(end) for start, end in pairs]) for label, pairs in samples.items()}
-
-
-def _timed(call: Callable, given, mode: str) -> tuple:
-    import torch
-
-    call = call if isinstance(call, Call) else Call(call)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    made = call.before(given)
-    if mode == "eager":
-        torch.cuda.synchronize()
-    else:
-        torch.cuda._sleep(call.ahead)
-    start.record()
-    call.run(made)
-    end.record()
-    return start, end
-
-
-def _replays(call: Callable, sets: Sequence) -> Callable:
-    """A callable that replays the graph of `call` on one of the sets."""
-    import torch
-
-    graphs = {}
-    for given in sets:
-        graphs[id(given)] = graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call(given)
-    return lambda given: graphs[id(given)].replay()
 
 
 def _times(ms: list[float]) -> Times:
@@ -140,27 +89,16 @@ def facts() -> dict:
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    smi = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader", "--id=0"]
-    try:
-        state = subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    except (OSError, subprocess.CalledProcessError):
-        state = []
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
-        "state": dict(zip(SMI.split(","), state)),
+        "state": smi("0", SMI),
         "versions": {"cuda": torch.version.cuda, **versions()},
     }
 
 
 def versions() -> dict[str, str]:
     """Of the packages that take part; those that are not installed are left out."""
-    found = {}
-    for name in ("torch", "triton", "apache-tvm-ffi", "fla-core"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed("torch", "triton", "apache-tvm-ffi", "fla-core")

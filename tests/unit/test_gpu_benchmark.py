@@ -11,6 +11,8 @@ import pytest
 import simulated_gpu
 import torch
 from click.testing import CliRunner
+from kdagen.autotune import cases
+from kdagen.autotune.devices import clock
 
 import kdagen as kg
 from kdagen.pipeline import compile_decode, compile_op, compile_training
@@ -134,8 +136,8 @@ def machine(monkeypatch):
     facts = {"gpu": "a GPU", "l2_bytes": 0, "state": {}}
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
     monkeypatch.setattr(loader.LoadedOp, "functions", functions)
+    monkeypatch.setattr(gpu_contenders, "check_kernels", lambda *_: RIGHT)
     for work in gpu.WORK.values():
-        monkeypatch.setattr(work, "check_kernels", lambda *_: RIGHT)
         monkeypatch.setattr(work, "check_peer", lambda *_: RIGHT)
     monkeypatch.setattr(gpu_timing, "measure", measure)
     monkeypatch.setattr(gpu_timing, "peak_bytes", lambda call, given: 12345)
@@ -223,7 +225,7 @@ def test_ops_as_people_call_them_go_through_autograd(folder, machine, monkeypatc
 
     benchmark, _ = machine
     only = case(benchmark, folder, "gated_deltanet", "training", 20, 1)
-    monkeypatch.setattr(gpu_training.contenders, "called", lambda kernels: Slow())
+    monkeypatch.setattr(gpu_training, "called", lambda kernels: Slow())
     calls = gpu_training.calls(only, "eager", Slow())
     labels = ("kdagen default", "kdagen keep_inputs", Slow.label)
     assert list(calls) == [label + part for label in labels for part in ("", ": forward", ": backward")]
@@ -262,11 +264,9 @@ def test_kernels_that_are_off_are_not_timed_and_are_named(folder, machine, monke
     benchmark, _ = machine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     other = {"inference": "chunk16", "training": "keep_inputs"}[purpose]
-    off = lambda op, kernels, given: {"out": (1e-3, 5e-3), "d_q": (math.nan, 8e-3)}  # noqa: E731
-    check = lambda op, kernels, given: (off if kernels.folder.parts[-3] == other else lambda *_: RIGHT)(  # noqa: E731
-        op, kernels, given
-    )
-    monkeypatch.setattr(benchmark.WORK[purpose], "check_kernels", check)
+    off = {"out": (1e-3, 5e-3), "d_q": (math.nan, 8e-3)}
+    check = lambda op, kernels: off if kernels.folder.parts[-3] == other else RIGHT  # noqa: E731
+    monkeypatch.setattr(benchmark.contenders, "check_kernels", check)
     words = ["--ops", "gated_deltanet", "--tokens", "64", "--heads", "1", "--out", tmp_path / "out.json"]
     result = invoke(folder, "--purpose", purpose, *words)
     assert f"Error: off against float64, so not timed: gated_deltanet {other} ({purpose}): d_q nan" in result.output
@@ -283,7 +283,7 @@ def test_a_launch_that_fails_is_not_timed(folder, machine, monkeypatch, capsys, 
     def fail(*_):
         raise benchmark.LaunchError("linear_attention_scan: cuLaunchKernel failed")
 
-    monkeypatch.setattr(benchmark.WORK[purpose], "check_kernels", fail)
+    monkeypatch.setattr(benchmark.contenders, "check_kernels", fail)
     errors = benchmark.check(purpose, only.op, only.kernels)
     assert math.isnan(errors["default"]["launch"][0]) and not benchmark.sound(only, errors).kernels
     assert "linear_attention default: linear_attention_scan: cuLaunchKernel failed" in capsys.readouterr().out
@@ -331,12 +331,18 @@ def test_contenders_are_checked_against_the_recurrence(small, monkeypatch, purpo
     simulated_gpu.install(monkeypatch)
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "CHECKED", (2, 40, 1))
-    monkeypatch.setattr(gpu, "CHECKED_LENGTHS", (7, 1, 20))
+    monkeypatch.setattr(cases, "SHORT", (7, 1, 20))
+    monkeypatch.setattr(cases, "LONG", (33,))
     only = case(gpu, small, "linear_attention", purpose)
-    results = {"out", "final_state"} | ({"d_q", "d_k", "d_v"} if purpose == "training" else set())
+    peers = {"out", "final_state"} | ({"d_q", "d_k", "d_v"} if purpose == "training" else set())
+    ours = (
+        {"out", "state_pool"}
+        if purpose == "decode"
+        else peers | ({"d_initial_state"} if purpose == "training" else set())
+    )
     monkeypatch.setattr(gpu_contenders, "peer", lambda *_: LinearAttention())
     errors = gpu.check(purpose, only.op, only.kernels)
-    assert all(set(found) == results for found in errors.values())
+    assert set(errors[LinearAttention.label]) == peers and set(errors["default"]) == ours
     assert all(0 < error <= most for error, most in errors["default"].values())
     assert gpu.comparable(only, errors).label == LinearAttention.label
     found = gpu.check_peer(gpu.WORK[purpose], only.op, LinearAttention(1.1), only.first)
@@ -436,11 +442,9 @@ def test_packed_decoding_has_a_package_for_each_type_of_states():
 
 
 def test_sets_of_inputs_outlast_the_cache():
-    import gpu_timing
-
-    assert gpu_timing.sets_needed(1 << 30, 50 << 20) == 1
-    assert gpu_timing.sets_needed(60 << 20, 50 << 20) == 4
-    assert gpu_timing.sets_needed(1, 50 << 20) == gpu_timing.MOST_SETS
+    assert clock.sets_needed(1 << 30, 50 << 20) == 1
+    assert clock.sets_needed(60 << 20, 50 << 20) == 4
+    assert clock.sets_needed(1, 50 << 20) == clock.MOST_SETS
 
 
 class Clock:
@@ -473,13 +477,13 @@ def test_contenders_take_turns_on_inputs_in_turn(monkeypatch, mode):
 
         return call
 
-    slow = iter([9.0] * gpu_timing.WARM_UPS + [4.0, 1.0, 3.0, 2.0])
+    slow = iter([9.0] * clock.WARM_UPS + [4.0, 1.0, 3.0, 2.0])
     found = gpu_timing.measure(
         {"slow": contender("slow", slow), "one": contender("one", iter([1.0] * 99))}, "abc", 4, mode
     )
     assert found["slow"].median == 2.5 and found["slow"].least == 1.0 and found["slow"].calls == 4
     assert found["one"].p25 == found["one"].median == found["one"].p75 == 1.0
-    timed = made[2 * gpu_timing.WARM_UPS :]
+    timed = made[2 * clock.WARM_UPS :]
     assert [label for label, _ in timed] == ["slow", "one", "one", "slow"] * 2
     assert "".join(given for _, given in timed) == "abcabcab"
 
@@ -502,7 +506,7 @@ def test_what_comes_before_is_not_timed(monkeypatch):
         assert made == "set, 5"
         return passes(2)(made)
 
-    found = gpu_timing.measure({"backward": gpu_timing.Call(run, passes(5), ahead=77)}, ["set"], 3, "device")
+    found = gpu_timing.measure({"backward": clock.Call(run, passes(5), ahead=77)}, ["set"], 3, "device")
     assert found["backward"].median == 2 and slept == [77] * 3
 
 
