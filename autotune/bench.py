@@ -1,4 +1,4 @@
-"""A study on its benches: what the threads that feed workers share while it is measured, the log's one writer above all.
+"""A study on its benches: what the threads that feed workers share while it is measured, the log's writer above all.
 
 A bench is a worker and the facts about its device. What is done on it is decided in kdagen.autotune.measure and
 kdagen.autotune.finals.
@@ -18,7 +18,7 @@ from kdagen.autotune.folder import Folder
 from kdagen.autotune.measured import Measured
 from kdagen.autotune.pool import WorkerDied
 from kdagen.autotune.standing import DEATHS
-from kdagen.autotune.sweep import Candidate, Workload
+from kdagen.autotune.sweep import Workload
 from kdagen.autotune.worker import contender_fields
 
 from kdagen.errors import KdagenError
@@ -28,10 +28,14 @@ from kdagen.errors import KdagenError
 class Limits:
     """How much time things get."""
 
-    hang_s: float = 180.0  # without an answer: checks of long inputs against float64 take long, candidates do not
+    hang_s: float = 300.0  # without an answer: the first check of long inputs in float64 takes minutes on few cores
+    patience_s: float = 20.0  # the same once such a request was answered, or PATIENCE times as long as that took
     final_s: float = 10.0  # of a shape's finals: hundreds of rounds of calls of milliseconds
     finalists: int = 5  # beside the default: screening errs by a few percent, few are as close
     reserve: float = 0.5  # of a study's time, what is kept back for finals at most
+
+
+PATIENCE = 10  # candidates of one study are not so far apart in what a check or a first look at them takes
 
 
 class TimeIsUp(Exception):
@@ -66,6 +70,7 @@ class Session:
         self.folder, self.known, self.say, self.limits = folder, known, say, limits
         self.study, self.end = known.study, end
         self._benches, self._lock, self._stopped = benches, threading.RLock(), False
+        self._longest: dict[str, float] = {}  # seconds of an answered request, by what was to be done
 
     @property
     def benches(self) -> list[Bench]:
@@ -116,24 +121,32 @@ class Session:
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
-    def ask(self, bench: Bench, contenders: list[Candidate], kill: float, seconds: float = 0.0, **request) -> dict:
-        """The reply; raises WorkerDied, or TimeIsUp where it was ended at the time `kill`.
+    def ask(self, bench: Bench, contenders: list[str], request: dict, kill: float, seconds: float = 0.0) -> dict:
+        """The reply to a request about candidates, by their ids; raises WorkerDied, or TimeIsUp where it was ended at the time `kill`.
 
         `seconds`: what the request is known to take.
         """
-        timeout, left = self.limits.hang_s + seconds, kill - time.monotonic()
-        fields = [contender_fields(candidate, self._compiled(bench, candidate)) for candidate in contenders]
+        began, what = time.monotonic(), request["do"]
+        timeout = seconds + self._timeout(what)
+        fields = [contender_fields(self.known.candidate(c), self._compiled(bench, c)) for c in contenders]
         try:
-            return bench.worker.ask({**request, "contenders": fields}, min(timeout, left), self.say)
+            reply = bench.worker.ask({**request, "contenders": fields}, min(timeout, kill - began), self.say)
         except WorkerDied as death:
-            if death.kind == "hang" and left < timeout:
+            if death.kind == "hang" and kill - began < timeout:
                 raise TimeIsUp from None
             raise
+        self._longest[what] = max(self._longest.get(what, 0.0), time.monotonic() - began)
+        return reply
 
-    def _compiled(self, bench: Bench, candidate: Candidate) -> Compiled | None:
+    def _timeout(self, what: str) -> float:
+        if what not in self._longest:
+            return self.limits.hang_s
+        return min(self.limits.hang_s, max(self.limits.patience_s, PATIENCE * self._longest[what]))
+
+    def _compiled(self, bench: Bench, candidate: str) -> Compiled | None:
         if not bench.facts.get("compiled", True):
             return None
-        return Compiled(self.folder.kernels, self.folder.manifest(candidate.id))
+        return Compiled(self.folder.kernels, self.folder.manifest(candidate))
 
     def spread(self, work: Iterable, do: Callable[[Bench, object], None], until: float) -> None:
         """Does all of it, a thread a bench; nothing is begun after the time `until`.

@@ -13,8 +13,6 @@ from kdagen.autotune.standing import DEATHS
 from kdagen.autotune.sweep import Workload, short_hash
 from kdagen.autotune.timing import FEWEST_ROUNDS, Interval
 
-LEAST_SECONDS = 0.5  # of a race that is worth its start
-
 
 def run_finals(session: Session) -> None:
     """All that are not in the log yet; a device that is lost leaves its shapes to others."""
@@ -76,7 +74,7 @@ class _Final:
             return session.limits.final_s
         rest = sum(_open(session, w) for w in session.study.workloads) / len(session.benches)
         seconds = min(session.limits.final_s, session.left / max(1.0, rest) / 2)  # as much again to start and warm up
-        return seconds if seconds > max(LEAST_SECONDS, self._least(names)) else None
+        return seconds if seconds > self._least(names) else None
 
     def _least(self, names: list[str]) -> float:
         lines = [self.session.settled(name, "screen", self.workload) for name in names]
@@ -84,13 +82,13 @@ class _Final:
 
     def _race(self, names: list[str], seconds: float) -> dict | None:
         """The worker's reply; None where somebody broke it, which is recorded."""
-        session, known = self.session, self.session.known
+        session = self.session
         seed = session.folder.sweep.seed
         request = {"do": "final", "workload": str(self.workload), "policy": str(session.folder.sweep.policy)}
-        request |= {"seconds": seconds, "seed": seed, "default": known.default}
+        request |= {"seconds": seconds, "seed": seed, "default": session.known.default}
         takes = seconds + 2 * self._least(names)
         try:
-            reply = session.ask(self.bench, [known.candidate(n) for n in names], session.end, takes, **request)
+            reply = session.ask(self.bench, names, request, session.end, takes)
         except WorkerDied as death:
             self._broke(names, death.running, death)
             return None

@@ -111,12 +111,15 @@ class _Screening:
     def run(self, reserve: float) -> None:
         """Rounds of what is to be tried, until all of it is settled or time is up."""
         session = self.session
-        self.until, self.kill = session.end - reserve, session.end - reserve / 2
+        self.until, self.kill = session.end - reserve, session.end - 0.75 * reserve
         while (ready := self._ready()) and time.monotonic() < self.until:
             session.say.stage(f"measure {session.study.task.name}", len(ready) * len(self.workloads))
-            default = [c for c in ready if c.id == self.known.default]
-            session.spread(default, self._climb, self.until)
-            session.spread([c for c in ready if c not in default], self._climb_beside_default, self.until)
+            while any(self._is_open_default(c) for c in ready) and time.monotonic() < self.until:
+                session.spread([c for c in ready if c.id == self.known.default], self._climb, self.until)
+            session.spread([c for c in ready if c.id != self.known.default], self._climb_beside_default, self.until)
+
+    def _is_open_default(self, candidate: Candidate) -> bool:
+        return candidate.id == self.known.default and not self.known.finished(candidate.id)
 
     def _ready(self) -> list[Candidate]:
         """What is to be tried, is fit for it, and has not been."""
@@ -138,41 +141,39 @@ class _Screening:
     def _climb_beside_default(self, bench: Bench, candidate: Candidate) -> None:
         """After the default was timed on this very device, by which others are judged there."""
         default = self.known.default
-        if default and self.session.settled(default, "correct"):
+        if default and self.session.settled(default, "correct") and not self.known.quarantined(default):
             self._climb(bench, self.known.candidate(default), bench.device)
         self._climb(bench, candidate)
 
     def _climb(self, bench: Bench, candidate: Candidate, on: str | None = None) -> None:
-        """Up to the finals, or to where it fails; `on`: a time on this device is wanted."""
-        checked = self.session.settled(candidate.id, "correct")
-        alive = checked["verdict"] == "kept" if checked else self._check(bench, candidate)
-        for workload in self.workloads:
-            if alive and not self.session.settled(candidate.id, "screen", workload, on=on):
-                alive = self._screen(bench, candidate, workload)
+        """Up to the finals, or to where it dies or is wrong; `on`: a time on this device is wanted."""
+        name = candidate.id
+        if not self.session.settled(name, "correct"):
+            self._check(bench, name)
+        right = self.session.settled(name, "correct")
+        if right and right["verdict"] == "kept":
+            open_ = (w for w in self.workloads if not self.session.settled(name, "screen", w, on=on))
+            all(self._screen(bench, name, workload) for workload in open_)
 
-    def _check(self, bench: Bench, candidate: Candidate) -> bool:
-        reply = self._ask(bench, candidate, "correct", do="check")
-        if reply is None:
-            return False
-        verdict, reason = ("kept", "") if reply["ok"] else ("failed", reply["reason"] or "wrong")
-        self.session.record(bench, candidate.id, "correct", verdict, reason, errors=reply["errors"])
-        return reply["ok"]
+    def _check(self, bench: Bench, name: str) -> None:
+        reply = self._ask(bench, name, "correct", {"do": "check"})
+        if reply:
+            verdict, reason = ("kept", "") if reply["ok"] else ("failed", reply["reason"] or "wrong")
+            self.session.record(bench, name, "correct", verdict, reason, errors=reply["errors"])
 
-    def _screen(self, bench: Bench, candidate: Candidate, workload: Workload) -> bool:
-        """Whether it goes on to other shapes: also where it is slow on this one."""
-        scale, is_default = self._default_ms(bench, workload) or 1.0, candidate.id == self.known.default
+    def _screen(self, bench: Bench, name: str, workload: Workload) -> bool:
+        """Whether it lived, and so is timed on other shapes too, however slow it is on this one."""
+        scale, is_default = self._default_ms(bench, workload) or 1.0, name == self.known.default
         best = min((line["relative"] for line in self.session.screened(workload)), default=None)
         best_ms = None if best is None or is_default else best * scale
-        request = {"workload": str(workload), "policy": self.policy, "best_ms": best_ms}
-        reply = self._ask(bench, candidate, "screen", workload, 10 * scale / 1000, do="screen", **request)
-        if reply is None:
-            return False
-        reply["relative"] = 1.0 if is_default else reply["ms"] / scale
-        verdict, reason = "kept", ""
-        if reply["stopped"]:
-            verdict, reason = "rejected", f"{reply['ms'] / best_ms:.2f}x the best, more than {SLOWER}x"
-        self.session.record(bench, candidate.id, "screen", verdict, reason, workload, **reply)
-        return True
+        request = {"do": "screen", "workload": str(workload), "policy": self.policy, "best_ms": best_ms}
+        reply = self._ask(bench, name, "screen", request, workload, 10 * scale / 1000)
+        if reply:
+            reply["relative"] = 1.0 if is_default else reply["ms"] / scale
+            verdict = "rejected" if reply["stopped"] else "kept"
+            reason = f"{reply['ms'] / best_ms:.2f}x the best, more than {SLOWER}x" if reply["stopped"] else ""
+            self.session.record(bench, name, "screen", verdict, reason, workload, **reply)
+        return reply is not None
 
     def _default_ms(self, bench: Bench, workload: Workload) -> float | None:
         """The default's time here, else on another device of the kind."""
@@ -180,12 +181,13 @@ class _Screening:
         lines = [settled(default, "screen", workload, on=on) for on in (bench.device, None)]
         return next((line["ms"] for line in lines if line and line["verdict"] == "kept"), None)
 
-    def _ask(self, bench: Bench, candidate: Candidate, rung: str, workload=None, seconds=0.0, **request) -> dict | None:
-        """The reply; None where the candidate broke, which is recorded."""
+    def _ask(self, bench: Bench, name: str, rung: str, request: dict, workload=None, seconds=0.0) -> dict | None:
+        """The reply; None where the candidate died, {} where it raised; both are recorded."""
         try:
-            reply = self.session.ask(bench, [candidate], self.kill, seconds, **request)
+            reply = self.session.ask(bench, [name], request, self.kill, seconds)
         except WorkerDied as death:
-            return self.session.died(bench, candidate.id, rung, death, workload)
+            return self.session.died(bench, name, rung, death, workload)
         if "error" in reply:
-            return self.session.record(bench, candidate.id, rung, "failed", reply["reason"], workload)
+            self.session.record(bench, name, rung, "failed", reply["reason"], workload)
+            return {}
         return reply

@@ -99,7 +99,7 @@ class Worker:
         try:
             text = self._replies.get(timeout=max(0.0, timeout))
         except queue.Empty:
-            self._died("hang", f"no answer within {timeout:.3g} s")
+            self._died("hang", f"no answer within {round(timeout, 1):g} s")
         if text is None:
             self._died("crash", _ending(self.process.wait()))
         return json.loads(text)

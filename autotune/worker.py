@@ -8,8 +8,8 @@ First a line {"ready"} or {"error", "reason"}; then one request a line on stdin 
     {"do": "final", "contenders": [...], "workload", "policy", "seconds", "seed", "default"}
                                             {"intervals": {id: [median, low, high, calls]}, "drift", "state"}
 
-or {"error", "reason", "running": id}. After an error of kdagen.autotune.pool.FATAL it ends: another process finds a clean device.
-Before it touches a candidate it writes its id to MARK, a file descriptor: that costs no wake-up of the reader amid
+or {"error", "reason", "running": id}. After an error of kdagen.autotune.pool.FATAL it ends: another process finds a
+clean device. Before it touches a candidate it writes its id to MARK, a file descriptor: that costs no wake-up of the reader amid
 timings, and can be read after a crash. It ends at once when its stdin does, so it does not outlive who asks.
 """
 
@@ -118,7 +118,8 @@ def kind(error: Exception) -> str:
 def words(error: Exception) -> str:
     """An exception in one line."""
     text = next(iter(str(error).splitlines()), "")
-    return text if isinstance(error, (KdagenError, DeviceError)) else f"{type(error).__name__}: {text}"
+    told = kind(error) != "error" or isinstance(error, KdagenError)
+    return text if told else f"{type(error).__name__}: {text}"
 
 
 def _requests():
