@@ -67,7 +67,7 @@ class _Counting(Silent):
         now = self.clock()
         if self.deadline is not None and now >= self.deadline:
             return "budget spent"
-        rate = (now - self.began) * (self.total - self.done) / self.done if 0 < self.done <= self.total else None
+        rate = (now - self.began) * (self.total - self.done) / self.done if 0 < self.done < self.total else None
         budget = None if self.deadline is None else self.deadline - now
         if rate is None or (budget is not None and budget < rate):
             return "" if budget is None else f"{duration(budget)} of budget left"
@@ -75,9 +75,9 @@ class _Counting(Silent):
 
     @property
     def counts(self) -> str:
-        done = f"{min(self.done, self.total)}/{self.total}" if self.total else f"{self.done}"
+        stage = f"{self.name} {min(self.done, self.total)}/{self.total}" if self.name else ""
         said = ", ".join(f"{self.verdicts[v]} {v}" for v in ("kept", "rejected", "failed") if self.verdicts[v])
-        return "; ".join(filter(None, (f"{self.name} {done}", said, self.left)))
+        return "; ".join(filter(None, (stage, said, self.left)))
 
 
 class Plain(_Counting):
@@ -199,15 +199,15 @@ def leader(study: StudyStanding, workload: str, ranking: list[Timed]) -> str:
     """Who leads a ranking, in words."""
     best = ranking[0]
     default = next((t for t in ranking if t.candidate == study.twin(study.default)), None)
-    gain = f", {default.ms / best.ms:.2f}x the default" if default and default is not best else ""
+    gain = f", {default.ms / best.ms:.2f}x the default's speed" if default and default is not best else ""
     part = study.roofline(best, workload)
     roofline = f", {part:.0%} of roofline" if part else ""
-    return f"{milliseconds(best.ms)} by {study.difference(best.candidate)}{gain}{roofline}"
+    return f"{digits(best.ms)} ms by {study.difference(best.candidate)}{gain}{roofline}"
 
 
-def milliseconds(ms: float) -> str:
+def digits(ms: float) -> str:
     """Three digits that count."""
-    return f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms"
+    return f"{ms:#.3g}".rstrip(".") if ms < 1000 else f"{ms:.0f}"
 
 
 def duration(seconds: float) -> str:

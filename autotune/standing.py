@@ -47,11 +47,13 @@ class Timed:
     low: float
     high: float
     rung: str  # "screen" or "final"
+    unsteady: str = ""  # why it is not to be relied upon
 
     @staticmethod
     def of(line: dict) -> Timed:
         ms = line["median"] if line["rung"] == "final" else line["ms"]
-        return Timed(line["candidate"], ms, line.get("low", ms), line.get("high", ms), line["rung"])
+        interval = line.get("low", ms), line.get("high", ms)
+        return Timed(line["candidate"], ms, *interval, line["rung"], line.get("unsteady", ""))
 
     @property
     def interval(self) -> Interval:
@@ -207,7 +209,7 @@ class StudyStanding:
         verdicts, kinds, examples = Counter(), Counter(), {}
         if rung == "space":  # which logs rejections alone: what came to the model was kept
             verdicts["kept"] = len(self.lines["model"])
-        for line in (self.verdict(rung, candidate) for candidate in sorted(self.lines[rung])):
+        for line in (self.verdict(rung, candidate) for candidate in self.lines[rung]):
             count = line.get("candidates", 1)  # a line of the space may be about several
             verdicts[line["verdict"]] += count
             if line["verdict"] != "kept":
@@ -222,8 +224,8 @@ class StudyStanding:
         return min(self.lines[rung][candidate].values(), key=lambda line: order.index(line["verdict"]))
 
     def failures(self) -> list[dict]:
-        """The last line of every candidate and rung that ended in a failure, in the order of the rungs."""
-        lines = [self.verdict(rung, candidate) for rung in RUNGS for candidate in sorted(self.lines[rung])]
+        """The last line of every candidate and rung that ended in a failure, rung by rung."""
+        lines = [self.verdict(rung, candidate) for rung in RUNGS for candidate in self.lines[rung]]
         return [line for line in lines if line["verdict"] == "failed"]
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 
 from kdagen.autotune.folder import Folder
-from kdagen.autotune.progress import milliseconds
+from kdagen.autotune.progress import digits
 from kdagen.autotune.standing import Place, Standing, StudyStanding, Timed
 
 
@@ -60,8 +60,10 @@ def shape(study: StudyStanding, place: Place, workload: str) -> Iterator[tuple[s
         tie = ", a tie: the intervals overlap" if best.interval.overlaps(second.interval) else ""
         slower = f"{abs(second.ms / best.ms - 1):.1%} {'slower' if second.ms >= best.ms else 'faster'}{tie}"
         yield "runner-up", f"{timed(second)}  {study.difference(second.candidate)}; {slower}"
-    if default and default is not best:
+    if default and default.candidate != best.candidate:
         yield "default", f"{timed(default)}  the winner is {default.ms / best.ms:.2f}x as fast"
+    if best.unsteady:
+        yield "caution", f"the device was not steady: {best.unsteady}"
     yield from _model(study, place, workload, best)
 
 
@@ -136,8 +138,8 @@ def _range(values: set) -> str:
 
 def timed(time: Timed) -> str:
     """A time with its interval."""
-    interval = f" ({time.low:.3g} to {time.high:.3g})" if time.rung == "final" else ""
-    return f"{milliseconds(time.ms)}{interval}"
+    interval = f" ({digits(time.low)} to {digits(time.high)})" if time.rung == "final" else ""
+    return f"{digits(time.ms)} ms{interval}"
 
 
 def versions(place: Place) -> str:
