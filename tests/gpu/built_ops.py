@@ -1,4 +1,4 @@
-"""Built ops for the tests of this folder, and memory that shows what a kernel reads or writes outside its tensors.
+"""Built ops for the tests of this folder, launched in memory that shows what a kernel reads or writes outside of it.
 
 Kernels come from the folder that KDAGEN_BUILD_DIR names, those that train or decode also from packages beside it; what
 is in none of them is built just in time. What is needed of kdagen is its runtime: no TileLang and no compiler where all
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from kdagen.autotune import launches
+from kdagen.autotune.guarded import Guarded, same_bits
 
 import kdagen as kg
 from kdagen import debug, zoo
@@ -21,8 +23,6 @@ from kdagen.runtime.package import BuiltOp
 from kdagen.target import TARGETS
 from kdagen.tolerance import TOLERANCE, gradient_tolerance, reference_gradients, relative_error
 
-POISON = 0xFF  # as bytes of any floating dtype: NaN
-GUARD_BYTES = 1 << 14
 DEVICE = "cuda"
 
 
@@ -92,13 +92,7 @@ def draw(
 
     A head of keys serves a `group` of value heads.
     """
-    plan = kernels.plan
-    dims = (*shape, plan["dims"]["K"], plan["dims"]["V"])
-    drawn = zoo.sample(from_json(plan["recurrence"]["canonical"]), dims, gate, seed)
-    specs = {n: plan["tensors"][n] for n in drawn}
-    given = {n: x.to(getattr(torch, specs[n]["dtype"])) for n, x in drawn.items()}
-    given = {n: x[:, :, ::group].contiguous() if "H" in specs[n]["shape"] else x for n, x in given.items()}
-    return given, draw_states(kernels, dims[0], dims[2], seed)
+    return launches.arguments(kernels, shape, gate, seed, group), draw_states(kernels, shape[0], shape[2], seed)
 
 
 def draw_states(kernels: LoadedOp, count: int, heads: int, seed: int = 0) -> torch.Tensor:
@@ -124,32 +118,6 @@ def draw_cotangents(
     return d_out, d_final.to(getattr(torch, kernels.state.dtype))
 
 
-class Guarded:
-    """Allocates tensors of NaN between guard regions."""
-
-    def __init__(self):
-        self.buffers: list[torch.Tensor] = []
-
-    def allocate(self, shape, dtype: str, device, zero: bool = False) -> torch.Tensor:
-        """As LoadedOp.launch asks for it."""
-        like = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        size = like.numel() * like.element_size()
-        buffer = torch.full((size + 2 * GUARD_BYTES,), POISON, dtype=torch.uint8, device=device)
-        self.buffers.append(buffer)
-        tensor = buffer[GUARD_BYTES : GUARD_BYTES + size].view(like.dtype).view(shape)
-        return tensor.zero_() if zero else tensor
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A guarded copy on the GPU."""
-        made = self.allocate(tensor.shape, str(tensor.dtype).removeprefix("torch."), DEVICE)
-        return made.copy_(tensor)
-
-    def intact(self) -> bool:
-        """Whether all guard regions are as they were made."""
-        edges = [edge for b in self.buffers for edge in (b[:GUARD_BYTES], b[-GUARD_BYTES:])]
-        return all(bool((edge == POISON).all()) for edge in edges)
-
-
 def launch(
     kernels: LoadedOp, tensors: dict, state: torch.Tensor | None = None, every: int = 0
 ) -> tuple[torch.Tensor, ...]:
@@ -157,7 +125,7 @@ def launch(
 
     Nothing but workspaces and results was written, and all of the results. `tensors` may hold cu_seqlens.
     """
-    memory = Guarded()
+    memory = Guarded(DEVICE)
     copies = _copies(kernels, memory, tensors, {"initial_state": state})
     made = _launch(kernels, copies, "forward", memory, {"every": every} if every else {})
     return _results(kernels, made, "out", "final_state", *(["states"] if every else []))
@@ -176,7 +144,7 @@ def decode(
     before = {n: x.clone() for n, x in given.items()}
     made = kernels.launch({**given, "state_pool": copy}, "decode", memory.allocate, {"null_below": null_below})
     torch.cuda.synchronize()
-    assert memory.intact(), "a kernel wrote outside its tensors"
+    assert not memory.broken(), f"a kernel wrote outside its tensors: {memory.broken()}"
     assert all(same_bits(given[n], x) for n, x in before.items()), "a kernel wrote to what it was given"
     return *((made[kernels.by_role["out"]],) if may_be_unwritten else _results(kernels, made, "out")), copy
 
@@ -200,7 +168,7 @@ def train(kernels: LoadedOp, tensors: dict, state=None, d_out=None, d_final_stat
 
     As for `launch`, nothing is written but workspaces and results: the backward leaves what was kept as it was.
     """
-    memory = Guarded()
+    memory = Guarded(DEVICE)
     arguments = _copies(kernels, memory, tensors, {"initial_state": state})
     forward = _launch(kernels, arguments, "forward", memory)
     kept = {name: forward[name] for name in kernels.kept}
@@ -222,7 +190,7 @@ def _launch(kernels: LoadedOp, given: dict, which: str, memory: Guarded, scalars
     before = {name: x.clone() for name, x in given.items()}
     made = kernels.launch(given, which, memory.allocate, scalars)
     torch.cuda.synchronize()
-    assert memory.intact(), "a kernel wrote outside its tensors"
+    assert not memory.broken(), f"a kernel wrote outside its tensors: {memory.broken()}"
     changed = [name for name, x in before.items() if not same_bits(given[name], x)]
     assert not changed, f"a kernel wrote to {', '.join(changed)}, which it was given"
     return made
@@ -232,11 +200,6 @@ def _results(kernels: LoadedOp, made: dict, *roles: str) -> tuple:
     found = tuple(made[kernels.by_role[role]] for role in roles)
     assert all(x.isfinite().all() for x in found), "NaN: not written, or computed from what no tensor holds"
     return found
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of bits, NaN and signs of zero included."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def sequences(kernels: LoadedOp, tensors: dict, ends: list[int] | None = None) -> list[dict]:
