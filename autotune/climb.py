@@ -104,8 +104,13 @@ class Kernel:
         return {**line, "death": death} if death else line
 
     @property
+    def passed(self) -> tuple[str, ...]:
+        """Its rungs so far; the launch is told before it is checked."""
+        return ("lowered", "ptxas") if self.report else ("lowered",) if self.compiling else ()
+
+    @property
     def figures(self) -> dict[str, dict]:
-        """Those of its lines, by rung."""
+        """What is known of it, by rung, whether passed or not."""
         found = {"lowered": {n: self.launch[n] for n in ("shared_bytes", "threads", "grid")}} if self.launch else {}
         if self.report:
             spills = (self.report["spill_stores"] or 0) + (self.report["spill_loads"] or 0)
@@ -125,8 +130,8 @@ class Climb:
         return {k.job.name: k.figures[rung] for k in self.kernels if rung in k.figures}
 
     def has(self, rung: str) -> bool:
-        """Whether all of its kernels came so far."""
-        return self.source is not None and len(self.figures(rung)) == len(self.kernels)
+        """Whether all of its kernels passed a rung of the compiler's."""
+        return self.source is not None and all(rung in k.passed for k in self.kernels)
 
     def log(self, rung: str, verdict: str, reason: str = "", **figures) -> None:
         """Appends its line, unless it is there."""
