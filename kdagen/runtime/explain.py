@@ -5,7 +5,9 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from kdagen.autotune.select import tables
 from kdagen.errors import KdagenError
+from kdagen.purposes import PURPOSES
 from kdagen.runtime import manifest as manifests
 from kdagen.schedule import Keep
 from kdagen.target import target
@@ -21,6 +23,7 @@ def explain(op) -> str:
         *op.kernels.describe(),
         *describe_training(op),
         *describe_states(op),
+        *describe_choices(op),
         ("last call", op.last or "none yet"),
     ]
     name = str(op.torch_op).removesuffix(".default")
@@ -87,6 +90,20 @@ def describe_states(op) -> list[tuple[str, str]]:
     ]
 
 
+def describe_choices(op) -> list[tuple[str, str]]:
+    """By which schedules calls ran so far, or how many tables offer."""
+    tuned = op.tuned
+    given = [purpose for purpose in PURPOSES if purpose in tuned.off]
+    rows = [f"{purpose}, {device}, bucket {bucket}: {words}" for (purpose, device, bucket), words in tuned.said.items()]
+    if not rows and len(given) < len(PURPOSES):
+        known = [e for e in tables() if e.key.recurrence == op.signature.recurrence and e.key.purpose not in given]
+        devices = ", ".join(sorted({e.key.device for e in known}))
+        rows = [f"{len(known)} in tables ({devices}), chosen by a call's B T HV" if known else "none in tables"]
+    if given:
+        rows.append(f"as given in {', '.join(given)}")
+    return [("schedules" if i == 0 else "", row) for i, row in enumerate(rows)]
+
+
 def _kept_on_cpu(op, dims: dict[str, int] | None) -> str:
     from kdagen.runtime import cpu
 
@@ -115,6 +132,13 @@ def describe_decoding(plan: dict) -> list[tuple[str, str]]:
     """The same of its kernel that decodes."""
     schedule = ", ".join(f"{field} {value}" for field, value in plan["schedule"].items())
     return [("  in decoding", f"{plan['target']}, {schedule}")]
+
+
+def describe_tuned(plan: dict, untuned: dict) -> list[tuple[str, str]]:
+    """What tells a package's kernels by a tuned schedule from the untuned ones."""
+    default = untuned["schedule"]
+    changed = ", ".join(f"{field} {value}" for field, value in plan["schedule"].items() if default.get(field) != value)
+    return [("  tuned", f"{manifests.purpose(plan)}, {plan['target']}, {changed}")]
 
 
 def _reason(plan: dict, decay: str, chunk: int) -> str:

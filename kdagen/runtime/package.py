@@ -192,9 +192,12 @@ class BuiltOp:
             "training": explain.describe_trained,
             "decode": explain.describe_decoding,
         }
-        rows = []
+        rows, untuned = [], {manifests.variant(v.plan): v.plan for v in self.variants if not v.tuned}
         for variant in sorted(self.variants, key=lambda v: PURPOSES.index(v.purpose)):
-            rows += how[variant.purpose](variant.plan) + explain.describe_kernels(variant.folder, "this package")
+            default = untuned.get(manifests.variant(variant.plan))
+            tuned = explain.describe_tuned(variant.plan, default) if variant.tuned and default else None
+            rows += tuned or how[variant.purpose](variant.plan)
+            rows += explain.describe_kernels(variant.folder, "this package")
         return rows
 
     def explain(self) -> str:
