@@ -39,7 +39,7 @@ class Latencies:
     overlap: bool  # whether blocks that share a processor keep all its units busy at a time, or one after another
 
 
-LEAST = Latencies(product=0, step=16, map=10, sum=30, barrier=0, fetch=400, overlap=True)
+LEAST = Latencies(product=20, step=16, map=20, sum=60, barrier=16, fetch=450, overlap=True)
 USUAL = Latencies(product=60, step=24, map=30, sum=100, barrier=40, fetch=800, overlap=False)
 
 

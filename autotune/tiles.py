@@ -123,7 +123,7 @@ class Lowering:
         self.canonical = derive_canonical(load(task.op))
         self.program = verify(chunk_form(self.canonical))
         self.dtypes = argument_dtypes(self.canonical, task.dtype, task.gate_dtype or task.dtype)
-        self._lowered: dict[Choices, dict[str, tuple[Tile, ...]]] = {}
+        self._lowered: dict = {}  # passes by what was asked for, and by the schedule that it makes
 
     def complete(self, **choices) -> Choices:
         """The default schedule, some fields being given."""
@@ -148,14 +148,17 @@ class Lowering:
 
     def lowered(self, **choices) -> dict[str, tuple[Tile, ...]]:
         """The passes of the default schedule under these choices."""
-        schedule = self.complete(**choices)
-        if schedule not in self._lowered:
-            made = {}  # a kernel that is in both passes is one
-            self._lowered[schedule] = {
-                name: tuple(made.setdefault(k.name, Tile(k)) for k in kernels)
-                for name, kernels in self._lower(schedule).items()
-            }
-        return self._lowered[schedule]
+        asked = tuple(choices.items())
+        if asked not in self._lowered:
+            schedule = self.complete(**choices)
+            if schedule not in self._lowered:
+                made = {}  # a kernel that is in both passes is one
+                self._lowered[schedule] = {
+                    name: tuple(made.setdefault(k.name, Tile(k)) for k in kernels)
+                    for name, kernels in self._lower(schedule).items()
+                }
+            self._lowered[asked] = self._lowered[schedule]
+        return self._lowered[asked]
 
     def _lower(self, schedule: Choices) -> dict[str, tuple[Kernel, ...]]:
         task, state = self.task, self.task.state

@@ -80,7 +80,7 @@ class Space:
                 f"no axis {', '.join(unknown)} in the space of {self.task.op} for {self.task.purpose} on "
                 f"{self.task.target}: expected some of {', '.join(names)}"
             )
-        return tuple(Axis(a.field, _values(fixed[a.field])) if a.field in fixed else a for a in self.axes)
+        return tuple(_narrowed(a, fixed[a.field]) if a.field in fixed else a for a in self.axes)
 
     def survey(self, fixed: dict | None = None) -> Survey:
         """Every candidate is legal, or refused by the first constraint that it does not satisfy."""
@@ -128,8 +128,14 @@ class Space:
         return fields, self.refused[key]
 
 
-def _values(given) -> tuple:
-    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
+def _narrowed(axis: Axis, given) -> Axis:
+    values = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    if wrong := [v for v in values if v not in axis.values]:
+        raise ArgumentError(
+            f"{axis.field} {', '.join(map(str, wrong))} is not on its axis: expected some of "
+            f"{', '.join(map(str, axis.values))}"
+        )
+    return Axis(axis.field, values)
 
 
 def _product(axes: list[Axis]) -> Iterator[dict]:

@@ -11,7 +11,7 @@ from kdagen.autotune.tiles import Tile, lowering
 
 from kdagen.errors import ScheduleError
 from kdagen.lower import check
-from kdagen.schedule import Choices, DecayForm
+from kdagen.schedule import Choices, DecayForm, Schedule
 
 KIB = 1024
 REGISTERS = 65536  # of a block, on every NVIDIA GPU that kdagen compiles for
@@ -45,9 +45,13 @@ def checked(name: str, *fields: str) -> Constraint:
 
 
 def lowers(name: str, *fields: str) -> Constraint:
-    """What the compiler refuses while it lowers."""
+    """What the compiler refuses while it lowers, but not before."""
 
     def refusal(schedule: Choices, task: Task, canonical) -> str | None:
+        if isinstance(schedule, Schedule) and _said(
+            check, canonical, task.dims, task.dtype, schedule, lowering(task).target
+        ):
+            return None
         return _said(lowering(task).lowered, **vars(schedule))
 
     return Constraint(name, fields, refusal)
