@@ -71,13 +71,15 @@ def _race(line: dict) -> Race:
 
 
 def _latest(lines: list[dict]) -> dict[str, dict[str, dict]]:
-    """By workload and candidate, the last line of each, of the versions that were measured last."""
-    versions = lines[-1]["under"].get("versions")
-    found: dict[str, dict[str, dict]] = {}
+    """By workload and candidate, the lines of the last race of each that was not cut off, under the last versions."""
+    versions, races = lines[-1]["under"].get("versions"), {}
     for line in lines:
-        if line["under"].get("versions") == versions:
-            found.setdefault(line["workload"], {})[line["candidate"]] = line
-    return {w: {c: x for c, x in by.items() if x["verdict"] == "kept"} for w, by in found.items()}
+        if line["under"].get("versions") == versions and line["verdict"] == "kept":
+            races.setdefault((line["workload"], line.get("race")), {})[line["candidate"]] = line
+    whole = {
+        place: run for place, run in races.items() if all(x.get("among", len(run)) == len(run) for x in run.values())
+    }
+    return {workload: run for (workload, _), run in whole.items()}
 
 
 def _winner(study: Study, race: Race, finals: dict, schedules: dict, default: str | None, broken: bool) -> Entry | None:
@@ -115,6 +117,7 @@ def _facts(op: str, best: str, default: str | None, finals: dict) -> dict:
     untuned = [by[default]["median"] for by in finals.values()] if default else None
     ms, low, high = (_rounded([line[part] for line in lines]) for part in ("median", "low", "high"))
     default_ms = _rounded(untuned) if untuned else None
+    unsteady = sorted({line["unsteady"] for line in lines if "unsteady" in line})
     return {
         "op": op.rpartition(":")[2],
         "workload": ", ".join(finals),
@@ -126,6 +129,7 @@ def _facts(op: str, best: str, default: str | None, finals: dict) -> dict:
         "kernels": lines[0]["under"].get("kernels", ""),
         "versions": lines[0]["under"].get("versions", {}),
         "date": max(line["at"] for line in lines)[:10],
+        **({"unsteady": "; ".join(unsteady)} if unsteady else {}),
     }
 
 
