@@ -21,7 +21,7 @@ from kdagen.autotune.space.legal import most_registers
 from kdagen.autotune.sweep import CPU, Task, Workload
 from kdagen.autotune.tiles import Tile, lowering
 
-from kdagen.ir.tile import Kernel
+from kdagen.ir.tile import BYTES, Kernel
 from kdagen.ir.tile_cost import chunk_flops
 from kdagen.schedule import Choices
 
@@ -59,9 +59,9 @@ class Prediction:
 def predict(source, gpu: Gpu, workload: Workload) -> Prediction:
     """The time of kernels in launch order: those of a Compilation, or Kernels or Tiles of one op."""
     tiles = _tiles(source)
-    sizes = _sizes(tiles, workload)
-    warm = _workspaces(tiles, sizes) <= gpu.l2
-    parts = tuple(_part(tile, gpu, workload, sizes, warm) for tile in tiles)
+    op = min(t.kernel.chunk_size for t in tiles), max(t.kernel.segment for t in tiles), workload
+    warm = _workspaces(tiles, sizes_of(*op)) <= gpu.l2
+    parts = tuple(_part(tile, gpu, *op, warm) for tile in tiles)
     spent = Counter()
     for part in parts:
         spent[part.limiter] += part.ms
@@ -110,7 +110,9 @@ def differences(a: Choices, b: Choices) -> int:
 # -- one kernel
 
 
-def _part(tile: Tile, gpu: Gpu, workload: Workload, sizes: dict[str, int], warm: bool) -> Part:
+@cache
+def _part(tile: Tile, gpu: Gpu, chunk: int, segment: int, workload: Workload, warm: bool) -> Part:
+    sizes = sizes_of(chunk, segment, workload)
     moved = _moved(tile, sizes, warm)
     flops = chunk_flops(tile.kernel) / tile.kernel.chunk_size * sizes["T"] * sizes["HV"]
     least, _ = _seconds(tile, gpu, workload, sizes, LEAST)
@@ -132,7 +134,7 @@ def _seconds(tile: Tile, gpu: Gpu, workload: Workload, sizes, latencies: Latenci
     """How long the blocks take on the processors, in how many waves, memory being as fast as it may."""
     iteration = cycles(tile, gpu, latencies)
     period = max(iteration.latency, (_fetch(tile, latencies) + iteration.latency) / tile.kernel.stages)
-    counts = _iterations(tile.kernel, workload, sizes)
+    counts = _iterations(tile.kernel, workload)
     blocks = _blocks(tile.kernel, sizes)
     each = -(-blocks // gpu.processors)  # of the fullest processor
     together = min(each, _resident(tile, gpu))
@@ -164,7 +166,7 @@ def _resident(tile: Tile, gpu: Gpu) -> int:
     return max(1, min(by))
 
 
-def _iterations(kernel: Kernel, workload: Workload, sizes: dict[str, int]) -> list[int]:
+def _iterations(kernel: Kernel, workload: Workload) -> list[int]:
     """How often blocks go round, by sequence."""
     lengths = workload.lengths or (workload.tokens,) * workload.batch
     names = [name for name, _ in kernel.grid]
@@ -195,18 +197,16 @@ def _tiles(source) -> list[Tile]:
     return [item if isinstance(item, Tile) else Tile(item) for item in source]
 
 
-def _sizes(tiles: Iterable[Tile], workload: Workload) -> dict[str, int]:
-    """The symbols of kdagen.codegen.source.TensorSpec for a call."""
-    chunk = min(t.kernel.chunk_size for t in tiles)
-    segment = max(t.kernel.segment for t in tiles)
-    tokens, n = workload.batch * workload.tokens, workload.sequences
-    slots = {"NC": tokens // chunk + n, "NG": tokens // (chunk * segment) + n}
-    if not workload.lengths and workload.tokens % (chunk * segment) == 0:  # slots without a chunk cost nothing
-        slots = {"NC": tokens // chunk, "NG": tokens // (chunk * segment)}
-    return {"T": tokens, "N": n, "N1": n + 1, "H": workload.heads, "HV": workload.value_heads, **slots}
+@cache
+def sizes_of(chunk: int, segment: int, workload: Workload) -> dict[str, int]:
+    """The symbols of kdagen.codegen.source.TensorSpec for a call; of slots those that have something in them."""
+    lengths = workload.lengths or (workload.tokens,) * workload.batch
+    slots = {"NC": sum(-(-n // chunk) for n in lengths), "NG": sum(-(-n // (chunk * segment)) for n in lengths)}
+    n, heads = len(lengths), {"H": workload.heads, "HV": workload.value_heads}
+    return {"T": sum(lengths), "N": n, "N1": n + 1, **heads, **slots}
 
 
-def _workspaces(tiles: Iterable[Tile], sizes: dict[str, int]) -> float:
+def _workspaces(tiles: Iterable[Tile], sizes: dict[str, int]) -> int:
     """Bytes of what kernels leave for each other."""
-    found = {b.name: b for t in tiles for b in t.kernel.buffers if b.role == "workspace"}
-    return sum(math.prod(sizes.get(n, n) for n in b.shape) * (4 if "32" in b.dtype else 2) for b in found.values())
+    found = {b.name: b for tile in tiles for b in tile.workspaces}
+    return sum(math.prod(sizes.get(n, n) for n in b.shape) * BYTES[b.dtype] for b in found.values())

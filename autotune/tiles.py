@@ -5,6 +5,7 @@ Kernels are lowered by kdagen.lower, each once: a schedule's fields are told apa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, cached_property
 
 from kdagen.autotune.defaults import default_decode_schedule, default_schedule, default_training_schedule
@@ -16,7 +17,7 @@ from kdagen.derive.chunk import chunk_form
 from kdagen.derive.step import step_form
 from kdagen.ir import step as step_ir
 from kdagen.ir.tensor_verify import verify, verify_adjoint
-from kdagen.ir.tile import Copy, Kernel, reads, writes
+from kdagen.ir.tile import Buffer, Copy, Kernel, reads, writes
 from kdagen.ir.tile_cost import bytes_a_token
 from kdagen.lower import lower
 from kdagen.lower.decode import lower_decode
@@ -81,6 +82,11 @@ class Tile:
         return most // (4 * self.kernel.threads)
 
     @cached_property
+    def workspaces(self) -> tuple[Buffer, ...]:
+        """What it reads of other kernels, or leaves for them."""
+        return tuple(b for b in self.kernel.buffers if b.role == "workspace")
+
+    @cached_property
     def tiles(self) -> int:
         """Blocks that share a chunk of a head: the V tiles."""
         return next((int(e.split()[0]) for name, e in self.kernel.grid if name.startswith("tile")), 1)
@@ -94,25 +100,19 @@ class Tile:
     def cold_bytes_a_token(self) -> float:
         """The same where what other kernels left is still in the cache."""
         others = tuple(b for b in self.kernel.buffers if b.role != "workspace")
-        kernel = _with(self.kernel, buffers=others)
+        kernel = replace(self.kernel, buffers=others)
         return bytes_a_token(kernel) - self._bytes_alike(kernel)
 
     @cached_property
     def block_bytes(self) -> float:
         """What a block fetches for an iteration."""
-        kernel = _with(self.kernel, body=(), stores=(), before=())
+        kernel = replace(self.kernel, body=(), stores=(), before=())
         return bytes_a_token(kernel) * kernel.chunk_size / self.tiles
 
     def _bytes_alike(self, kernel: Kernel) -> float:
         """What a V tile fetches although another one does, too."""
         alike = tuple(s for s in kernel.loads if isinstance(s, Copy) and "tile" not in s.src)
-        return bytes_a_token(_with(kernel, loads=alike, body=(), stores=(), before=())) * (1 - 1 / self.tiles)
-
-
-def _with(kernel: Kernel, **fields) -> Kernel:
-    import dataclasses
-
-    return dataclasses.replace(kernel, **fields)
+        return bytes_a_token(replace(kernel, loads=alike, body=(), stores=(), before=())) * (1 - 1 / self.tiles)
 
 
 class Lowering:
