@@ -29,6 +29,7 @@ def contents(source) -> dict:
         "target": {"name": gpu.name, "arch": gpu.arch, "runs_on": list(gpu.runs_on), "compiled": gpu.compiles},
         "versions": {},
         "plan": source.plan(),
+        **({"tuned": list(source.tuned)} if source.tuned else {}),
         "kernels": kernels,
     }
 
@@ -40,4 +41,5 @@ def write(out, source, tmp_path):
         for suffix, text in ((".py", job.text), (".so", "no machine code")):
             files.append(tmp_path / f"{job.name}{suffix}")
             files[-1].write_text(text)
-    return folder.write_op(out, source.name, manifest.variant(source.plan()), files, contents(source))
+    variant = (manifest.tuned_variant if source.beside else manifest.variant)(source.plan())
+    return folder.write_op(out, source.name, variant, files, contents(source))
