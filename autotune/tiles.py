@@ -19,7 +19,7 @@ from kdagen.ir import step as step_ir
 from kdagen.ir.tensor_verify import verify, verify_adjoint
 from kdagen.ir.tile import Buffer, Copy, Kernel, reads, writes
 from kdagen.ir.tile_cost import bytes_a_token
-from kdagen.lower import lower
+from kdagen.lower import check_head_dims, lower
 from kdagen.lower.decode import lower_decode
 from kdagen.lower.scan import SPECIALISED
 from kdagen.lower.training import lower_training
@@ -120,6 +120,7 @@ class Lowering:
 
     def __init__(self, task: Task):
         self.task, self.target, self.dims = task, find_target(task.target), task.dims
+        check_head_dims(self.dims)
         self.canonical = derive_canonical(load(task.op))
         self.program = verify(chunk_form(self.canonical))
         self.dtypes = argument_dtypes(self.canonical, task.dtype, task.gate_dtype or task.dtype)
