@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 
 from kdagen.autotune.cases import Case, Inputs, forms
-from kdagen.autotune.expected import Oracle, oracle
+from kdagen.autotune.expected import SIZE, Oracle, oracle
 from kdagen.autotune.guarded import Guarded, same_bits, unwritten
 from kdagen.autotune.sweep import Task
 
@@ -82,18 +82,20 @@ def _attempt(case: Case, run: Callable[[Case], dict], device) -> dict:
 
 def _compare(source: Oracle, case: Case, found: dict, expected: dict, errors: dict) -> None:
     """Raises Wrong, or adds to the largest errors so far."""
-    if absent := expected.keys() - found.keys():
-        raise Wrong(f"no {', '.join(sorted(absent))}")
-    for name in expected:
+    names = [name for name in expected if not name.startswith(SIZE)]
+    if absent := [name for name in names if name not in found]:
+        raise Wrong(f"no {', '.join(absent)}")
+    for name in names:
         if count := unwritten(found[name]):
-            raise Wrong(f"{count} elements of {name} were not written")
+            raise Wrong(f"{count} of {found[name].numel()} elements of {name} were not written")
         if not bool(found[name].isfinite().all()):
             raise Wrong(f"{name} holds NaN or infinity")
     _check_pool(case, found)
     most = tolerances(source)
-    for name, wanted in expected.items():
+    for name in names:
         result = source.plain(found[name]) if "state" in name else found[name].double()
-        for label, error, limit in _errors(name, result, wanted, most[name]):
+        size = expected.get(f"{SIZE}{name}", expected[name])
+        for label, error, limit in _errors(name, result - expected[name], size, most[name]):
             if math.isfinite(error):
                 errors[label] = [max(error, errors.get(label, [0.0])[0]), limit]
             if not error <= limit:
@@ -110,13 +112,15 @@ def _check_pool(case: Case, found: dict) -> None:
         raise Wrong(f"slots {changed} of the pool were written, which no index names")
 
 
-def _errors(name: str, found, expected, most: float) -> list[tuple[str, float, float]]:
+def _errors(name: str, difference, size, most: float) -> list[tuple[str, float, float]]:
     """In norm, and of the element that is furthest off, against the largest one."""
-    from kdagen.tolerance import relative_error
+    norms = float(difference.norm()), float(size.norm())
+    largest = [float(x.abs().max()) if x.numel() else 0.0 for x in (difference, size)]
+    return [(name, _part(*norms), most), (f"{name}{ELEMENTS}", _part(*largest), ELEMENT * most)]
 
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
-    element = float((found - expected).abs().max()) / largest if largest else 0.0
-    return [(name, relative_error(found, expected), most), (f"{name}{ELEMENTS}", element, ELEMENT * most)]
+
+def _part(error: float, size: float) -> float:
+    return error / size if size else math.inf if error else 0.0
 
 
 def tolerances(source: Oracle) -> dict[str, float]:

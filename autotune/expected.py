@@ -17,6 +17,7 @@ from kdagen.autotune.sweep import Task
 from kdagen.errors import RecurrenceError
 
 PIECE = 64  # tokens whose states autograd keeps at once
+SIZE = "size of "  # before a name: what its error is a part of, where that is not its own norm
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Oracle:
     def expected(self, case: Case) -> dict:
         """By name: out, final_state and, with cotangents, d_initial_state and d_<argument>; or out and state_pool.
 
-        Padding is zero, and an empty sequence passes on its state.
+        Padding is zero, and an empty sequence passes on its state. The gradient of a head's parameter is a sum over all
+        tokens, in which terms cancel: its SIZE is that of the sum without signs, of pieces.
         """
         if case.state_pool is not None:
             return self._decoded(case)
@@ -119,14 +121,10 @@ class Oracle:
             d_final = gradients.pop("initial_state")
             outs, parts = [out, *outs], [gradients, *parts]
         parts = parts or [{n: torch.zeros(x.shape, dtype=torch.float64) for n, x in given.items()}]
-        whole = {n: self._summed(n, [p[n] for p in parts]) for n in given}
+        found = {f"d_{n}": self._summed(n, [p[n] for p in parts]) for n in given}
+        found |= {f"{SIZE}d_{n}": sum(p[n].abs() for p in parts) for n in given.keys() - self.per_token}
         out = torch.cat(outs, 1) if outs else d_out.new_zeros(d_out.shape)
-        return {
-            "out": out,
-            "final_state": states[-1],
-            "d_initial_state": d_final,
-            **{f"d_{n}": x for n, x in whole.items()},
-        }
+        return {"out": out, "final_state": states[-1], "d_initial_state": d_final, **found}
 
     def _summed(self, name: str, parts: list):
         """A gradient from those of pieces, or of sequences: behind each other a token, else added up."""
@@ -140,7 +138,7 @@ class Oracle:
 
         if name in ("final_state", "d_initial_state"):
             return torch.cat(parts)
-        argument = name.removeprefix("d_")
+        argument = name.removeprefix(SIZE).removeprefix("d_")
         if name != "out" and argument not in self.per_token:
             return self._summed(argument, parts)
         (batch, tokens), row = self._sizes(case), torch.cat(parts, 1)

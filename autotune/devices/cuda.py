@@ -9,7 +9,7 @@ import importlib.metadata
 import itertools
 import subprocess
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from kdagen.autotune import launches
 from kdagen.autotune.check import check
@@ -130,12 +130,13 @@ class Device:
         sizes = {"sequences": workload.sequences, "key_heads": workload.heads}
         l2 = self.properties.L2_cache_size
         least = launches.least_bytes(kernels, shape, **sizes)[""]
-        count = 1 if policy.cache == "warm" else clock.sets_needed(least, l2)
+        cold = policy.cache == "cold"
+        count = clock.sets_needed(least, l2) if cold else 1
         inputs = self._inputs_for(task, kernels, workload, count)
         self._check_room(launches.tensor_bytes(kernels, shape, *MADE, **sizes) * count, workload)
         sets, call = self._calls(kernels, inputs, policy)
-        clear = self._clearing(l2) if count * least < clock.COLD * l2 else lambda: None
-        return clock.sampler(call, sets, policy, inputs.turn, clear)
+        small = cold and count * least < clock.COLD * l2
+        return clock.sampler(call, sets, policy, inputs.turn, self.clear_cache if small else lambda: None)
 
     def _calls(self, kernels: LoadedOp, inputs: Inputs, policy: Policy) -> tuple:
         """What a contender is called on, and the call: as people make it, or bare launches."""
@@ -165,12 +166,15 @@ class Device:
         long = launches.stretched(kernels, launches.on_device(drawn, self.name), workload.tokens)
         return launches.shared_inputs(kernels, launches.ragged(long, workload.lengths), seed)
 
-    def _clearing(self, l2_bytes: int):
-        """A function that fills the L2 cache with something else."""
+    def clear_cache(self) -> None:
+        """Fills the L2 cache with something else."""
+        self._other.zero_()
+
+    @cached_property
+    def _other(self):
         import torch
 
-        room = torch.empty(clock.COLD * l2_bytes, dtype=torch.uint8, device=self.name)
-        return room.zero_
+        return torch.empty(clock.COLD * self.properties.L2_cache_size, dtype=torch.uint8, device=self.name)
 
     def _check_room(self, needed: int, workload: Workload) -> None:
         """Refuses what cannot fit before any of it is made."""

@@ -10,7 +10,6 @@ import simulated_gpu
 
 from kdagen import zoo
 from kdagen.pipeline import compile_decode, compile_op, compile_training
-from kdagen.runtime import loader
 from kdagen.state import StateType
 
 GPU_TESTS = Path(__file__).parents[1] / "gpu"
@@ -130,23 +129,6 @@ def test_wrong_integers_of_decoding(gpu_tests, wrong):
     gpu_tests("test_decode_kernels").test_what_is_wrong_leads_nowhere_outside("retnet", wrong)
 
 
-def tampered(monkeypatch, which: str, change) -> None:
-    """After the last kernel of a pass, `change` gets its tensors by name."""
-
-    def functions(kernels):
-        found = simulated_gpu.functions(kernels)
-        last = kernels.passes[which][-1]
-        run = found[last["name"]]
-
-        def launch(*tensors):
-            run(*tensors)
-            change(dict(zip(last["params"], tensors)))
-
-        return {**found, last["name"]: launch}
-
-    monkeypatch.setattr(loader.LoadedOp, "functions", functions)
-
-
 def beyond(tensors: dict) -> None:
     gradient = tensors["d_q_out"]
     gradient.as_strided((1,), (1,), gradient.storage_offset() + gradient.numel()).zero_()
@@ -164,7 +146,7 @@ WRONG = {
 @pytest.mark.parametrize("says", WRONG)
 def test_what_is_wrong_is_found(gpu_tests, monkeypatch, says):
     tests, kernels = gpu_tests("test_training_kernels"), gpu_tests("built_ops").trained("linear_attention")[0]
-    tampered(monkeypatch, "backward", WRONG[says])
+    simulated_gpu.tampered(monkeypatch, "backward", WRONG[says])
     with pytest.raises(AssertionError, match=says):
         tests.check("linear_attention", kernels, (1, 20, 1))
 
@@ -172,6 +154,6 @@ def test_what_is_wrong_is_found(gpu_tests, monkeypatch, says):
 def test_a_gradient_that_moves_is_found(gpu_tests, monkeypatch):
     tests, times = gpu_tests("test_training_bits"), iter(range(99))
     monkeypatch.setattr(tests, "SHAPE", (1, 20, 1))
-    tampered(monkeypatch, "backward", lambda t: t["d_v_out"].view(-1)[:1].add_(next(times)))
+    simulated_gpu.tampered(monkeypatch, "backward", lambda t: t["d_v_out"].view(-1)[:1].add_(next(times)))
     with pytest.raises(AssertionError, match="d_v"):
         tests.test_replays_are_identical("linear_attention")
