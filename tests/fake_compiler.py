@@ -7,6 +7,7 @@ candidates share kernels as real ones do: prepare by chunk_size and prepare_thre
 import dataclasses
 import hashlib
 import json
+import os
 from types import SimpleNamespace
 
 import toy
@@ -141,3 +142,20 @@ class Bench:
 
     def lines(self, wanted: Candidate) -> list[dict]:
         return [v for v in self.folder.log if v["candidate"] == wanted.id and v["rung"] != "model"]
+
+
+class RemoteCompiler:
+    """Stands for the actor kdagen.autotune.distribute.Compiler: some kernels hang, others take the actor with them."""
+
+    def ready(self) -> None:
+        pass
+
+    def run(self, key: str, job, timeout: float):
+        stages = [("lowering", {}), ("lowered", {"launch": LAUNCH})]
+        if "tile 128" in job.text:
+            return stages, {}, toolchain.Died("it hangs", "hang")
+        if "3 stages" in job.text:
+            os._exit(1)
+        library = f"{job.name}.so"
+        report = json.dumps({"name": job.name, "source": f"{job.name}.py", **LAUNCH, **REPORT, "library": library})
+        return [*stages, ("nvcc", {})], {library: job.text.encode(), "report.json": report.encode()}, None

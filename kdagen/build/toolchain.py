@@ -41,6 +41,9 @@ class Died(ToolchainError):
         super().__init__(message)
         self.death = death
 
+    def __reduce__(self):
+        return Died, (str(self), self.death)
+
 
 @dataclass(frozen=True)
 class Nvcc:
