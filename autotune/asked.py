@@ -59,14 +59,34 @@ def sweep_of(asked: Asked) -> Sweep:
         for op in asked.ops
         for purpose in asked.purposes or PURPOSES
     )
-    policy = {"policy": Policy.parse(asked.policy)} if asked.policy else {}
-    return Sweep(studies, seed=asked.seed, exhaustive=asked.exhaustive, fixed=dict(asked.fixed), **policy)
+    _check_fixed(asked, studies)
+    policy = _policy(asked.policy, device)
+    return Sweep(studies, policy, asked.seed, asked.exhaustive, fixed={f: list(v) for f, v in asked.fixed})
 
 
 def _task(asked: Asked, op: str, purpose: str, device: str) -> Task:
     target = CPU if device == CPU else gpus.GPUS[device].target
     dtype = asked.dtype or ("float32" if device == CPU else "bfloat16")
     return Task(op, purpose, target, device, asked.head_dim, dtype, asked.gate_dtype, asked.state)
+
+
+def _policy(text: str | None, device: str) -> Policy:
+    if device != CPU:
+        return Policy.parse(text) if text else Policy()
+    if (policy := Policy.parse(text or "eager cold")).mode != "eager":
+        raise ArgumentError(f"--policy '{policy}': expected 'eager cold' or 'eager warm' on the CPU")
+    return policy
+
+
+def _check_fixed(asked: Asked, studies: tuple[Study, ...]) -> None:
+    """Each field must be an axis of some study's space; of others it is none."""
+    from kdagen.autotune.space import space_of
+
+    if not asked.fixed:
+        return
+    fields = sorted({axis.field for study in studies for axis in space_of(study.task).axes})
+    if unknown := [field for field, _ in asked.fixed if field not in fields]:
+        raise ArgumentError(f"--fix {unknown[0]}: expected one of {', '.join(fields)}")
 
 
 def device_of(asked: Asked) -> str:
