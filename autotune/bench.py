@@ -104,6 +104,14 @@ class Session:
         if self.known.quarantined(candidate):
             self.say.note(f"candidate {candidate} is quarantined after {DEATHS} deaths")
 
+    def failed(self, bench: Bench, candidate: str, rung: str, reply: dict, workload=None) -> None:
+        """The line of a reply that is an error; kernels that cannot be read are not the candidate's fault."""
+        if reply["error"] == "unreadable":
+            self.known.unreadable.add(candidate)
+            self.say.note(f"candidate {candidate} is left out: {reply['reason']}")
+        else:
+            self.record(bench, candidate, rung, "failed", reply["reason"], workload)
+
     def settled(self, *what, **on) -> dict | None:
         """Measured.found, amid threads."""
         with self._lock:
@@ -122,13 +130,14 @@ class Session:
     # -- workers ------------------------------------------------------------------------------------------------------
 
     def ask(self, bench: Bench, contenders: list[str], request: dict, kill: float, seconds: float = 0.0) -> dict:
-        """The reply to a request about candidates, by their ids; raises WorkerDied, or TimeIsUp where it was ended at the time `kill`.
+        """The reply to a request about candidates, by their ids.
 
+        Raises WorkerDied, or TimeIsUp where it was ended at the time `kill`.
         `seconds`: what the request is known to take.
         """
         began, what = time.monotonic(), request["do"]
         timeout = seconds + self._timeout(what)
-        fields = [contender_fields(self.known.candidate(c), self._compiled(bench, c)) for c in contenders]
+        fields = [contender_fields(self.known.candidate(c), self._compiled(c)) for c in contenders]
         try:
             reply = bench.worker.ask({**request, "contenders": fields}, min(timeout, kill - began), self.say)
         except WorkerDied as death:
@@ -143,10 +152,9 @@ class Session:
             return self.limits.hang_s
         return min(self.limits.hang_s, max(self.limits.patience_s, PATIENCE * self._longest[what]))
 
-    def _compiled(self, bench: Bench, candidate: str) -> Compiled | None:
-        if not bench.facts.get("compiled", True):
-            return None
-        return Compiled(self.folder.kernels, self.folder.manifest(candidate))
+    def _compiled(self, candidate: str) -> Compiled | None:
+        manifest = self.known.manifest(candidate)
+        return Compiled(self.folder.kernels, manifest) if manifest else None
 
     def spread(self, work: Iterable, do: Callable[[Bench, object], None], until: float) -> None:
         """Does all of it, a thread a bench; nothing is begun after the time `until`.
@@ -172,10 +180,17 @@ class Session:
 
     def _feed(self, bench: Bench, waiting: deque, do, until: float, errors: list) -> None:
         try:
-            with contextlib.suppress(IndexError, TimeIsUp):
-                while not self._stopped and time.monotonic() < until:
-                    do(bench, waiting.popleft())
+            while not self._stopped and time.monotonic() < until and (item := _next(waiting)) is not None:
+                do(bench, item)
+        except TimeIsUp:
+            return
         except Exception as error:
             errors.append(error)
             bench.lost = True
             self.say.note(f"{bench.device} is given up: {error}")
+
+
+def _next(waiting: deque):
+    """The next item, None if another thread took the last one."""
+    with contextlib.suppress(IndexError):
+        return waiting.popleft()

@@ -24,10 +24,10 @@ def run_finals(session: Session) -> None:
 
 def contenders(session: Session, workload: Workload) -> list[str]:
     """The default, if it runs, and the best few others; none that failed in finals."""
-    lines = [line for line in session.screened(workload) if not _failed(session, line["candidate"], workload)]
-    others = [line["candidate"] for line in lines if line["candidate"] != session.known.default]
-    default = [line["candidate"] for line in lines if line["candidate"] == session.known.default]
-    return default + others[: session.limits.finalists]
+    names = [line["candidate"] for line in session.screened(workload)]
+    names = [name for name in names if session.known.runnable(name) and not _failed(session, name, workload)]
+    default = [name for name in names if name == session.known.default]
+    return default + [name for name in names if name not in default][: session.limits.finalists]
 
 
 def _failed(session: Session, candidate: str, workload: Workload) -> bool:
@@ -93,22 +93,24 @@ class _Final:
             self._broke(names, death.running, death)
             return None
         if "error" in reply:
-            self._broke(names, reply["running"], reply["reason"])
+            self._broke(names, reply["running"], reply)
             return None
         return reply
 
-    def _broke(self, names: list[str], running: str | None, why: WorkerDied | str) -> None:
+    def _broke(self, names: list[str], running: str | None, why: WorkerDied | dict) -> None:
         """Memory that was enough for each in screening ran out for all together: no death of the one that was last."""
-        session, bench = self.session, self.bench
+        session, what = self.session, (self.bench, running, "final")
         if running not in names:
             self.astray += 1
-            session.say.note(f"{bench.device}: finals of {self.workload} broke outside of any candidate: {why}")
-        elif isinstance(why, WorkerDied) and (why.kind != "out of memory" or len(names) == 1):
-            session.died(bench, running, "final", why, self.workload)
+            reason = why["reason"] if isinstance(why, dict) else why
+            session.say.note(f"{self.bench.device}: finals of {self.workload} broke outside of any candidate: {reason}")
+        elif isinstance(why, dict):
+            session.failed(*what, why, self.workload)
+        elif why.kind == "out of memory" and len(names) > 1:
+            reason = f"{why.kind}: {why} (beside {len(names) - 1} others)"
+            session.record(*what, "failed", reason, self.workload)
         else:
-            beside = f" (beside {len(names) - 1} others)" if isinstance(why, WorkerDied) else ""
-            kind = f"{why.kind}: " if isinstance(why, WorkerDied) else ""
-            session.record(bench, running, "final", "failed", f"{kind}{why}{beside}", self.workload)
+            session.died(*what, why, self.workload)
 
     def _record(self, names: list[str], reply: dict, unsteady: str) -> None:
         marks = {"repeated": self.unsteady} if self.unsteady else {}

@@ -70,7 +70,10 @@ class Folder:
     def manifest(self, candidate: str) -> dict | None:
         """That of a compiled candidate."""
         path = self.candidates / f"{candidate}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError:
+            raise ArtefactError(f"{path} is damaged: compile it again with `kdagen tune compile`") from None
 
     @contextmanager
     def lock(self):

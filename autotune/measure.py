@@ -131,9 +131,9 @@ class _Screening:
 
     def _note_missing(self, candidates: list[str]) -> None:
         if not self.noted and candidates:
-            path = self.session.folder.path
+            name, path = self.session.study.task.name, self.session.folder.path
             self.session.say.note(
-                f"{self.session.study.task.name}: {len(candidates)} candidates are not compiled and left out: "
+                f"{name}: {len(candidates)} candidates are not compiled, or damaged, and left out: "
                 f"`kdagen tune compile --dir {path}` compiles them"
             )
         self.noted.update(candidates)
@@ -158,8 +158,9 @@ class _Screening:
     def _check(self, bench: Bench, name: str) -> None:
         reply = self._ask(bench, name, "correct", {"do": "check"})
         if reply:
-            verdict, reason = ("kept", "") if reply["ok"] else ("failed", reply["reason"] or "wrong")
-            self.session.record(bench, name, "correct", verdict, reason, errors=reply["errors"])
+            right, reason = reply.pop("ok"), reply.pop("reason")
+            verdict = ("kept", "") if right else ("failed", reason or "wrong")
+            self.session.record(bench, name, "correct", *verdict, **reply)
 
     def _screen(self, bench: Bench, name: str, workload: Workload) -> bool:
         """Whether it lived, and so is timed on other shapes too, however slow it is on this one."""
@@ -188,6 +189,6 @@ class _Screening:
         except WorkerDied as death:
             return self.session.died(bench, name, rung, death, workload)
         if "error" in reply:
-            self.session.record(bench, name, rung, "failed", reply["reason"], workload)
+            self.session.failed(bench, name, rung, reply, workload)
             return {}
         return reply

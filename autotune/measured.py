@@ -14,6 +14,8 @@ from kdagen.autotune.log import MEASURED
 from kdagen.autotune.standing import DEATHS
 from kdagen.autotune.sweep import Candidate, Study, Workload, short_hash
 
+from kdagen.errors import ArtefactError
+
 COMPILER = ("lowered", "ptxas", "identical")
 
 
@@ -24,6 +26,7 @@ class Measured:
         self.folder, self.study, self.facts = folder, study, facts
         self.lines: list[dict] = []
         self.deaths: Counter[str] = Counter()
+        self.unreadable: set[str] = set()  # candidates whose machine code is damaged
         self._default: str | None = None
         self._schedules: dict[str, dict] = {}
         self._compiled: dict[str, dict] = {}  # the last line of each on a rung of the compiler
@@ -65,15 +68,26 @@ class Measured:
         """Whether the compiler's rungs stopped it."""
         return self._compiled.get(candidate, {"verdict": "kept"})["verdict"] != "kept"
 
+    def manifest(self, candidate: str) -> dict | None:
+        """That of its machine code, where the device runs any."""
+        return self.folder.manifest(candidate) if self.facts.get("compiled", True) else None
+
     def runnable(self, candidate: str) -> bool:
-        """Whether there is machine code for it, or need be none."""
-        return not self.facts.get("compiled", True) or (self.folder.candidates / f"{candidate}.json").exists()
+        """Whether there is machine code for it that can be read, or need be none."""
+        if not self.facts.get("compiled", True):
+            return True
+        try:
+            return candidate not in self.unreadable and self.manifest(candidate) is not None
+        except ArtefactError:
+            return False
 
     def finished(self, candidate: str) -> bool:
         """Whether it was found wrong, or was right and screened on each shape, or is not to be tried again."""
+        if self.quarantined(candidate) or candidate in self.unreadable:
+            return True
         checked = self.found(candidate, "correct")
-        if self.quarantined(candidate) or checked is None or checked["verdict"] == "failed":
-            return self.quarantined(candidate) or checked is not None
+        if checked is None or checked["verdict"] == "failed":
+            return checked is not None
         return all(self.found(candidate, "screen", w) for w in self.study.workloads)
 
     # -- lines --------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Worker:
             self.process.wait(KILL_SECONDS)
 
     def _start(self, say) -> None:
-        if say and self.process:
+        if say is not None and self.process:
             say.note(f"{self.device}: the worker is started again")
         self.end()
         spec, environment = self.device, None

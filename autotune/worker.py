@@ -3,14 +3,15 @@
 First a line {"ready"} or {"error", "reason"}; then one request a line on stdin (JSON), one reply a line on stdout:
 
     {"do": "facts"}                                                      {"facts", "state"}
-    {"do": "check", "contenders": [one]}                                 {"ok", "reason", "errors"}
+    {"do": "check", "contenders": [one]}                                 {"ok", "reason", "errors", ...}
     {"do": "screen", "contenders": [one], "workload", "policy", "best_ms"}      {"ms", "calls", "stopped"}
     {"do": "final", "contenders": [...], "workload", "policy", "seconds", "seed", "default"}
                                             {"intervals": {id: [median, low, high, calls]}, "drift", "state"}
 
-or {"error", "reason", "running": id}. After an error of kdagen.autotune.pool.FATAL it ends: another process finds a
-clean device. Before it touches a candidate it writes its id to MARK, a file descriptor: that costs no wake-up of the reader amid
-timings, and can be read after a crash. It ends at once when its stdin does, so it does not outlive who asks.
+or {"error", "reason", "running": id}: one of kdagen.autotune.pool.FATAL, after which it ends, so that another process
+finds a clean device; "unreadable", where files are damaged or missing; or "error". Before it touches a candidate it
+writes its id to MARK, a file descriptor: that wakes no reader amid timings, and can be read after a crash. It ends at
+once when its stdin does, so it does not outlive who asks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kdagen.autotune.devices import Compiled, Device, DeviceError, open_device
 from kdagen.autotune.pool import FATAL, MARK
 from kdagen.autotune.sweep import Candidate, Policy, Task, Workload
 
-from kdagen.errors import KdagenError, LaunchError
+from kdagen.errors import ArtefactError, KdagenError, LaunchError
 
 
 def contender_fields(candidate: Candidate, compiled: Compiled | None) -> dict:
@@ -77,7 +78,7 @@ class Server:
         self.mark(contenders[0][0].id)
         found = self.device.check(*contenders[0])
         errors = {name: [e if math.isfinite(e) else str(e) for e in pair] for name, pair in found["errors"].items()}
-        return {"ok": bool(found["ok"]), "reason": found["reason"], "errors": errors}
+        return {**found, "ok": bool(found["ok"]), "errors": errors}
 
     def _screen(self, request: dict, contenders: list) -> dict:
         (sampler,) = self._samplers(request, contenders).values()
@@ -111,6 +112,8 @@ def kind(error: Exception) -> str:
     names = {t.__name__ for t in type(error).__mro__}
     if "OutOfMemoryError" in names:
         return "out of memory"
+    if isinstance(error, ArtefactError):
+        return "unreadable"
     sticky = isinstance(error, (DeviceError, LaunchError)) or "AcceleratorError" in names
     return "device error" if sticky or re.search(r"CUDA error|CUDA_ERROR|cudaError", str(error)) else "error"
 
@@ -153,7 +156,7 @@ def main() -> None:
     for request in _requests():
         replies.write(server.answer(request) + "\n")
         if server.fatal:
-            return
+            os._exit(0)  # what a broken device's destructors do is anybody's guess
 
 
 if __name__ == "__main__":

@@ -218,34 +218,55 @@ def test_a_default_that_is_wrong_leaves_the_others_to_race(tmp_path, folder):
     assert {x["candidate"] for x in found(folder, "final")} == {BEST.id, WRONG.id}
 
 
+class Gpu:
+    """A worker whose device runs compiled kernels, which a recording does not; it answers in order."""
+
+    device = "cuda:0"
+
+    def __init__(self, target="sm90", *replies):
+        self.replies = [{"facts": {"device": "G", "processors": 1, "versions": {}, "target": target}}, *replies]
+        self.requests = []
+
+    def ask(self, request, timeout, say):
+        self.requests.append(request)
+        return self.replies.pop(0)
+
+    def end(self):
+        pass
+
+
 def test_candidates_that_are_not_compiled_are_left_out_with_one_note(tmp_path, folder, device):
-    class Gpu:
-        """A device that runs compiled kernels, which a recording does not."""
-
-        device = "cuda:0"
-
-        def ask(self, request, timeout, say):
-            return {"facts": {"device": "G", "processors": 1, "versions": {}, "target": "sm90"}}
-
-        def end(self):
-            pass
-
     say = run(folder, workers=[Gpu()])
     (note,) = say.notes
-    assert note.startswith(f"{TASK.name}: 6 candidates are not compiled and left out: `kdagen tune compile --dir ")
+    assert note.startswith(
+        f"{TASK.name}: 6 candidates are not compiled, or damaged, and left out: `kdagen tune compile --dir "
+    )
+
+
+def test_a_compiled_candidate_is_sent_with_its_manifest(folder):
+    folder.candidates.mkdir()
+    (folder.candidates / f"{DEFAULT.id}.json").write_text('{"digest": "d"}')
+    (folder.candidates / f"{BEST.id}.json").write_text("{")
+    gpu = Gpu("sm90", {"ok": False, "reason": "all zero", "errors": {}, "oracle": "the float64 recurrence"})
+    (note,) = run(folder, workers=[gpu]).notes
+    assert "5 candidates are not compiled, or damaged, and left out" in note
+    (sent,) = gpu.requests[1]["contenders"]
+    assert (sent["kernels"], sent["manifest"]) == (str(folder.kernels), {"digest": "d"})
+    (line,) = found(folder, "correct")
+    assert (line["verdict"], line["reason"], line["oracle"]) == ("failed", "all zero", "the float64 recurrence")
+
+
+def test_kernels_that_are_damaged_are_no_failure_of_the_candidate(folder):
+    folder.candidates.mkdir()
+    (folder.candidates / f"{DEFAULT.id}.json").write_text("{}")
+    gpu = Gpu("sm90", {"error": "unreadable", "reason": "kernels/a.so is missing", "running": DEFAULT.id})
+    notes = run(folder, workers=[gpu]).notes
+    assert notes[1:] == [f"candidate {DEFAULT.id} is left out: kernels/a.so is missing"]
+    assert not found(folder, "correct")
 
 
 def test_a_device_of_another_target_leaves_a_study_alone(folder):
-    class Gpu:
-        device = "cuda:0"
-
-        def ask(self, request, timeout, say):
-            return {"facts": {"device": "G", "processors": 1, "versions": {}, "target": "sm80"}}
-
-        def end(self):
-            pass
-
-    assert run(folder, workers=[Gpu()]).notes == [f"{TASK.name} is for sm90: no device that is left runs it"]
+    assert run(folder, workers=[Gpu("sm80")]).notes == [f"{TASK.name} is for sm90: no device that is left runs it"]
 
 
 def test_what_the_compiler_refused_is_not_run(folder, device):

@@ -1,4 +1,4 @@
-"""Statistics of timings, on noise that is made up: seeded, skewed as that of calls is, drifting where a test says so."""
+"""Statistics of timings, on noise that is made up: seeded, skewed as that of calls is, drifting where it is said to."""
 
 import random
 from math import comb
