@@ -38,10 +38,9 @@ def plan(folder: Folder, say) -> None:
 
 
 def surveyed(study: Study, fixed: dict) -> Survey:
-    """The survey of a study's space, some of its axes narrowed; those that it has not are another study's."""
+    """The survey of a study's space, some of its axes narrowed; fields of other studies' schedules are no matter."""
     space = space_of(_checked(study.task))
-    own = {a.field for a in space.axes}
-    return space.survey({field: values for field, values in fixed.items() if field in own})
+    return space.survey(space.own(fixed))
 
 
 def _checked(task: Task) -> Task:

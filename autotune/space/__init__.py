@@ -6,16 +6,17 @@ it looks at, so what it refuses is counted, and logged, once for all candidates 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
-from kdagen.autotune.sweep import CPU, Task
+from kdagen.autotune.sweep import CPU, SCHEDULES, Task
 
 from kdagen.errors import ArgumentError
-from kdagen.schedule import Choices
+from kdagen.schedule import Choices, CpuSchedule
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class Space:
     def default(self) -> Choices:
         """The untuned schedule."""
         return self.complete()
+
+    def own(self, fixed: dict) -> dict:
+        """Of fields that are narrowed for several tasks, those that are not another kind of schedule's alone."""
+        others = {f.name for kind in (*SCHEDULES.values(), CpuSchedule) for f in dataclasses.fields(kind)}
+        others -= {a.field for a in self.axes}
+        return {field: values for field, values in fixed.items() if field not in others}
 
     def narrowed(self, fixed: dict) -> tuple[Axis, ...]:
         """The axes, some of them with the values of `fixed` alone: a list of values by field, or one value."""

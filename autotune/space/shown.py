@@ -12,6 +12,7 @@ SHAPES = {"inference": "1x8192x64", "training": "1x8192x64", "decode": "64x1x32"
 def shown(task: Task, fixed: dict, workload: Workload | None = None) -> str:
     """Aligned columns under headings, for a terminal of any kind."""
     space = space_of(task)
+    fixed = space.own(fixed)
     survey = space.survey(fixed)
     lines = [f"{task.op}, {task.purpose}, {task.target}, {task.head_dim[0]} x {task.head_dim[1]}, {task.dtype}", ""]
     lines += _columns([("axis", "values"), *((a.field, _values(a.values, space, a.field)) for a in survey.axes)])

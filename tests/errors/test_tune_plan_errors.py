@@ -37,6 +37,8 @@ def test_an_axis_that_is_none():
     )
     with pytest.raises(ArgumentError, match=expected):
         space_of(task()).survey({"threads": 4})
+    with pytest.raises(ArgumentError, match="no axis warps in the space of kda for inference on sm90: expected some"):
+        survey({"warps": 4, "threads": 4})
 
 
 @pytest.mark.parametrize("values, said", [(24, "24"), ([16, 24, 48], "24, 48")])

@@ -274,7 +274,7 @@ def test_what_a_model_chose_or_other_head_dims_won_is_no_seed():
 
 
 def test_winners_of_tables_are_tried_at_once():
-    far = {"chunk_size": 64, "stages": 4, "output": "split", "prepare_threads": 256}
+    far = {"chunk_size": 64, "stages": 4, "output": "split", "prepare_threads": 128}
     found = chosen(SEARCH, STUDY, model_lines(product()), lambda: (entry(H100, **far),))
     assert {k: getattr(found[1].schedule, k) for k in far} == far
 
