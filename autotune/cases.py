@@ -96,7 +96,7 @@ def forms(purpose: str) -> tuple[Form, ...]:
         Form("mild", 3, 1, heads=3, value_heads=3, state=False),
         *(Form(gate, lengths=SHORT) for gate in GATES),
         Form("bounded", 2, 75, heads=2, value_heads=4, state=False, d_final_state=False),
-        Form("softplus", 2, 32, d_out=False),
+        Form("mild", 2, 32, d_out=False),
         Form("mild", lengths=LONG, value_heads=1),
     )
 

@@ -19,7 +19,7 @@ from kdagen.autotune.guarded import Guarded, same_bits, unwritten
 from kdagen.autotune.sweep import Task
 
 ELEMENTS = ", an element"  # ends the name of such an error
-ELEMENT = 20  # times the tolerance of the norm: what an element may be off, as a part of the largest one
+ELEMENT = 8  # times the tolerance of the norm: what an element may be off, as a part of the largest one
 
 
 class Wrong(Exception):
