@@ -74,10 +74,6 @@ class Device(Protocol):
 def open_device(spec: str) -> Device:
     """The device of a spec, in this process."""
     kind, _, rest = spec.partition(":")
-    if (
-        kind not in ("cuda", "cpu", "replay")
-        or (kind == "cuda" and not rest.isdigit())
-        or (kind == "replay") > bool(rest)
-    ):
+    if not {"cuda": rest.isdigit(), "cpu": True, "replay": bool(rest)}.get(kind):
         raise ArgumentError(f"device '{spec}': expected cuda:N such as cuda:0, cpu, or replay:LOG.jsonl")
     return import_module(f"{__name__}.{kind}").Device(rest)
