@@ -154,7 +154,8 @@ class RayWorker:
 def _room(spec: str, hosts: list[dict]) -> dict:
     """What a device takes of a host, whose cores are shared among its GPUs; a CPU is all of it, not to be disturbed."""
     if spec.startswith("cuda"):
-        return {"num_gpus": 1, "num_cpus": max([1, *(int(h.get("CPU", 1) / h["GPU"]) for h in hosts if h.get("GPU"))])}
+        share = min((int(h.get("CPU", 1) / h["GPU"]) for h in hosts if h.get("GPU")), default=1)
+        return {"num_gpus": 1, "num_cpus": max(1, share)}
     return {"num_cpus": max((h.get("CPU", 1) for h in hosts), default=1) if spec == "cpu" else 1}
 
 

@@ -26,15 +26,19 @@ def tune(
     say,
     into: Path | None = None,
     compilers=compile_candidates,
+    workers=None,
 ) -> list[Path]:
-    """Tunes until nothing is left to do, or the deadline (of time.monotonic); returns the tables that it wrote."""
+    """Tunes until nothing is left to do, or the deadline (of time.monotonic); returns the tables that it wrote.
+
+    `workers()` makes those of `measure`, instead of one a device here; it is called once compilers have made room.
+    """
     plan(folder, say)
     compiled = any(study.task.target != CPU for study in folder.sweep.studies)
     while True:
         before = lines(folder)
         if compiled:
             compilers(folder, jobs, share(deadline), say)
-        measure(folder, devices, deadline, say)
+        measure(folder, devices, deadline, say, workers and workers())
         if lines(folder) == before or (deadline is not None and time.monotonic() >= deadline):
             return publish(folder, into)
 

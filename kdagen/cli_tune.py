@@ -35,9 +35,9 @@ def command(ctx, path: Path, devices, budget, jobs, ray, into, **sweep) -> None:
     from kdagen.autotune.tune import tune
 
     folder = _planned(ctx, path, devices, sweep)
-    devices, compilers = _devices(folder, devices), _compilers(ray)
+    devices, workers = _devices(folder, devices, ray)
     with _saying(folder, budget) as say:
-        paths = tune(folder, devices, jobs, say.deadline, say, into, compilers)
+        paths = tune(folder, devices, jobs, say.deadline, say, into, _compilers(ray), workers)
     _said(folder)
     _published(paths)
     _reported(folder)
@@ -67,15 +67,15 @@ def compile_(path: Path, jobs, budget, ray) -> None:
 
 
 @command.command(short_help="Check them on devices, then time those that are right.")
-@options(FOLDER, DEVICE, BUDGET)
-def measure(path: Path, devices, budget) -> None:
+@options(FOLDER, DEVICE, BUDGET, RAY)
+def measure(path: Path, devices, budget, ray) -> None:
     """Check the candidates on devices, then time those that are right. Needs neither nvcc nor TileLang."""
     from kdagen.autotune.measure import measure
 
     folder = _going_on(path)
-    devices = _devices(folder, devices)
+    devices, workers = _devices(folder, devices, ray)
     with _saying(folder, budget) as say:
-        measure(folder, devices, say.deadline, say)
+        measure(folder, devices, say.deadline, say, workers and workers())
     _said(folder)
 
 
@@ -159,10 +159,20 @@ def _saying(folder, budget: str | None = None):
         raise SystemExit(130) from None
 
 
-def _devices(folder, devices) -> list[str]:
-    from kdagen.autotune.asked import devices_for
+def _devices(folder, devices, ray: str | None) -> tuple:
+    """Devices here and None; or by Ray, what makes their workers: all GPUs of the cluster unless some are given."""
+    from functools import partial
 
-    return list(devices) or devices_for(folder.sweep)
+    from kdagen.autotune.asked import devices_for
+    from kdagen.autotune.sweep import CPU
+
+    if ray is None:
+        return list(devices) or devices_for(folder.sweep), None
+    from kdagen.autotune import distribute
+
+    on_cpu = all(study.task.target == CPU for study in folder.sweep.studies)
+    devices = list(devices) or [CPU] * on_cpu
+    return devices, partial(distribute.workers, devices, None if ray == "local" else ray)
 
 
 def _compilers(ray: str | None):

@@ -39,7 +39,7 @@ RAY = click.option(
     is_flag=False,
     flag_value="local",
     metavar="[ADDRESS]",
-    help="Spread compiling over the machines of a Ray cluster, or of one that is started here.",
+    help="Spread the work over the machines of a Ray cluster, or of one that is started here.",
 )
 INTO = click.option(
     "--into",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fake_compiler
 import pytest
+from click.testing import CliRunner
 from fake_compiler import Bench as Compiling
 from fake_compiler import RemoteCompiler, candidate
 from kdagen.autotune import distribute
@@ -16,6 +17,7 @@ from kdagen.autotune.pool import WorkerDied
 from recordings import BEST, CANDIDATES, MIDDLE, faulty, planned, recording, todo
 from test_tune_measure import Notes
 
+from kdagen import cli
 from kdagen.errors import ArgumentError, LaunchError
 
 QUICK = Limits(hang_s=10, patience_s=5, final_s=0.05)
@@ -73,6 +75,17 @@ def test_two_workers_find_what_local_ones_find_though_one_of_them_crashes(tmp_pa
     assert without_deaths(spread) == without_deaths(local)
     assert {x["candidate"] for x in spread if x["rung"] == "final"} >= {BEST.id, CANDIDATES[0].id}
     assert {x["on"].rpartition("@")[0] for x in say.lines} <= set(both("spread"))
+
+
+def test_the_command_measures_on_the_cluster(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdagen.autotune.search.todo", todo)
+    recorded, folder = recording(tmp_path / "log.jsonl"), planned(tmp_path / "sweep")
+    command = ["tune", "measure", "--dir", str(folder.path), "--device", recorded, "--budget", "20s", "--ray"]
+    found = CliRunner().invoke(cli.main, command)
+    assert found.exit_code == 0, found.output
+    finals = [line for line in folder.log if line["rung"] == "final"]
+    assert {line["on"] for line in finals} == {f"{recorded}@{os.uname().nodename}"}
+    assert BEST.id in {line["candidate"] for line in finals}
 
 
 def test_a_process_that_dies_on_its_host_is_started_again_there(tmp_path, workers):
@@ -156,7 +169,7 @@ def test_libraries_travel_once_and_lie_on_the_host_under_their_names(tmp_path):
 
 
 def test_what_devices_take_of_their_hosts():
-    hosts = [{"CPU": 96.0, "GPU": 8.0}, {"CPU": 128.0}]
+    hosts = [{"CPU": 96.0, "GPU": 8.0}, {"CPU": 128.0, "GPU": 4.0}, {"CPU": 128.0}]
     assert distribute._room("cuda:3", hosts) == {"num_gpus": 1, "num_cpus": 12}
     assert distribute._room("cpu", hosts) == {"num_cpus": 128}
     assert distribute._room("replay:log", hosts) == {"num_cpus": 1}
