@@ -7,7 +7,7 @@ no tables. Which of them a call runs on is kdagen.autotune.select's to say.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kdagen.autotune import gpus
 from kdagen.autotune.choose import SHAPES, modelled
@@ -20,14 +20,14 @@ from kdagen.runtime.signature import recurrence_hash
 
 
 def variants(
-    source, recurrence, gate_dtype: str | None, make: Callable[[dict], object], gpu: str | None = None
+    source, recurrence, gate_dtype: str | None, make: Callable[[dict], object], only: Sequence[str] = ()
 ) -> list:
     """This OpSource, which is untuned, and one for each other schedule; `make` gives that of a schedule's fields.
 
-    With `gpu` those for that GPU alone: where no table speaks of it, what an op there would choose all the same.
+    With `only` those for some GPUs alone: where no table speaks of one, what an op there would choose all the same.
     """
     found = {canonical(source.schedule): source}
-    for entry in wanted(source, recurrence, gate_dtype, gpu):
+    for entry in wanted(source, recurrence, gate_dtype, only):
         try:
             tuned = make(entry.schedule)
         except KdagenError as error:
@@ -39,18 +39,19 @@ def variants(
     return list(found.values())
 
 
-def wanted(source, recurrence, gate_dtype: str | None, gpu: str | None = None) -> list[Entry]:
+def wanted(source, recurrence, gate_dtype: str | None, only: Sequence[str] = ()) -> list[Entry]:
     """The entries that calls of this op may be chosen by, sorted."""
     if not source.recurrence:
         return []
     key = key_of_source(source, gate_dtype)
     keep = source.schedule.get("keep", "")
     fits = [e for e in tables() if dataclasses.replace(key, ratio=e.key.ratio).fixed == e.key.fixed]
-    fits = [e for e in fits if e.schedule.get("keep", "") == keep]
-    if gpu:
-        here = [e for e in fits if is_called(e.key.device, gpu)]
-        fits = here or untabled(key, fits, _task(source, recurrence, gate_dtype), keep, gpu)
-    return sorted({canonical(e.line()): e for e in fits}.values(), key=lambda e: canonical(e.line()))
+    found = fits = [e for e in fits if e.schedule.get("keep", "") == keep]
+    if only:
+        task = Task(recurrence, key.purpose, key.target, "", key.head_dim, source.dtype, gate_dtype, source.state)
+        of = ([e for e in fits if is_called(e.key.device, gpu)] or untabled(key, fits, task, keep, gpu) for gpu in only)
+        found = [entry for entries in of for entry in entries]
+    return sorted({canonical(e.line()): e for e in found}.values(), key=lambda e: canonical(e.line()))
 
 
 def key_of_source(source, gate_dtype: str | None) -> Key:
@@ -72,11 +73,6 @@ def untabled(key: Key, fits: list[Entry], task: Task, keep: str, gpu: str) -> li
         here = dataclasses.replace(key, device=chip.name, processors=chip.processors, bucket=shape.bucket)
         found.append(select(here, fits).entry or modelled(task, here, keep))
     return found
-
-
-def _task(source, recurrence, gate_dtype: str | None) -> Task:
-    key = key_of_source(source, gate_dtype)
-    return Task(recurrence, key.purpose, key.target, "", key.head_dim, source.dtype, gate_dtype, source.state)
 
 
 def is_called(device: str, gpu: str) -> bool:

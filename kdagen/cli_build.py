@@ -122,8 +122,10 @@ def choices(texts: tuple[str, ...], option: str = "--schedule") -> dict:
 )
 @click.option(
     "--gpu",
+    "only",
+    multiple=True,
     help="Tuned schedules for this GPU alone, such as H100; where no table speaks of it, those of the nearest GPU, or "
-    "the model's choice.  [default: those of all GPUs of --arch that have a table]",
+    "the model's choice; repeatable.  [default: for all GPUs of --arch that have a table]",
 )
 @click.option("--untuned", is_flag=True, help="The default schedules alone.")
 @click.option(
@@ -134,7 +136,7 @@ def choices(texts: tuple[str, ...], option: str = "--schedule") -> dict:
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at once.  [default: the number of cores]")
 def command(
-    arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, state_layout, state_dtype, gpu, untuned, **chosen
+    arch, ops, out, head_dim, dtype, gate_dtype, templates, jobs, state_layout, state_dtype, only, untuned, **chosen
 ) -> None:
     """Compile kernels for the GPUs of --arch: those of inference, of training (forward and backward) and of decoding.
 
@@ -153,13 +155,13 @@ def command(
     archs = [target(name).name for names in arch for name in names]
     dims, compilers = pair("--head-dim", head_dim), _compilers(**chosen)
     more = {"template_folders": templates, "state": StateType(state_layout, state_dtype)}
-    _check_gpu(gpu, archs, untuned)
+    _check_gpus(only, archs, untuned)
     sources = [
         source
         for op in ops
         for name in archs
         for how in compilers
-        for source in _sources(load(op), how, (dims, dtype, name), gate_dtype, more, gpu, untuned or bool(templates))
+        for source in _sources(load(op), how, (dims, dtype, name), gate_dtype, more, only, untuned or bool(templates))
     ]
     built = build(sources, out, jobs, Progress())
     click.echo(summary(built), nl=False)
@@ -190,7 +192,7 @@ def _compilers(purposes, schedule, keep: str, training_schedule, decode_schedule
     return [how for purpose, how in found.items() if not purposes or purpose in purposes]
 
 
-def _sources(recurrence, how: How, what: tuple, gate_dtype, more: dict, gpu: str | None, untuned: bool) -> list:
+def _sources(recurrence, how: How, what: tuple, gate_dtype, more: dict, only: tuple[str, ...], untuned: bool) -> list:
     """The OpSource of a purpose and, where its schedule was left to kdagen, those of the schedules that were tuned."""
     from kdagen.autotune.variants import variants
 
@@ -199,15 +201,15 @@ def _sources(recurrence, how: How, what: tuple, gate_dtype, more: dict, gpu: str
 
     if (source := make(how.fields)) is None:
         return []
-    return [source] if untuned or how.given else variants(source, recurrence, gate_dtype, make, gpu)
+    return [source] if untuned or how.given else variants(source, recurrence, gate_dtype, make, only)
 
 
-def _check_gpu(gpu: str | None, archs: list[str], untuned: bool) -> None:
+def _check_gpus(only: tuple[str, ...], archs: list[str], untuned: bool) -> None:
     from kdagen.autotune.variants import check_gpu
 
-    if gpu and untuned:
+    if only and untuned:
         raise ArgumentError("--gpu chooses among tuned schedules, --untuned leaves them out: expected one of the two")
-    if gpu:
+    for gpu in only:
         check_gpu(gpu, archs)
 
 

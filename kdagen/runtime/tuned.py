@@ -43,30 +43,38 @@ class Tuned:
     def __init__(self, op, off: frozenset[str] = frozenset()):
         self.op, self.off = op, off
         self.said: dict[tuple, str] = {}  # by purpose, device and bucket
-        self._wants: dict[tuple, Want] = {}
-        self._cpu: dict[Want, CpuSchedule] = {}
+        self._value, self._gating = op.signature.value, op.signature.gating
+        self._wants: dict[tuple, Want | None] = {}
+        self._cpu: dict[tuple, CpuSchedule] = {}
 
     def want(self, call, purpose: str, capability: str) -> Want | None:
         """What to choose kernels by; None where the user gave a schedule, or the GPU is not known to torch."""
         device, processors = gpu(call.like.device)
-        targets = [t.name for t in TARGETS.values() if capability in t.runs_on]
-        return self._want(call, purpose, targets[0], device, processors) if device and targets else None
-
-    def _want(self, call, purpose: str, target: str, device: str, processors: int) -> Want | None:
-        if purpose in self.off:
+        if purpose in self.off or not device:
             return None
-        like, size, signature = call.like, call.sizes, self.op.signature
-        gates = {call.tensors[name].dtype for name in signature.gating} or {like.dtype}
-        dims, ratio = (int(size["K"]), int(size["V"])), int(size["HV"] // size["H"]) if size["H"] else 1
-        work = bucket(size["B"] * size["T"] * size["HV"])
-        known = purpose, target, device, processors, like.dtype, *gates, dims, ratio, work, call.every
+        known = device, processors, capability, *self._kind(call, purpose)
         if known not in self._wants:
-            dtypes = short(like.dtype), "+".join(sorted(map(short, gates)))
-            state = f"{self.op.state.layout} {self.op.state.dtype}"
-            what = signature.recurrence, purpose, target, dims, ratio, *dtypes, state
-            keep = self.op.training.keep.value if purpose == "training" else ""
-            self._wants[known] = Want(Key(*what, device, processors, work), keep, call.every)
+            targets = [t.name for t in TARGETS.values() if capability in t.runs_on]
+            self._wants[known] = self._want(call, purpose, targets[0], device, processors) if targets else None
         return self._wants[known]
+
+    def _kind(self, call, purpose: str) -> tuple:
+        """What all that is chosen follows from; taken at every call, and so in a few microseconds."""
+        size, tensors = call.sizes, call.tensors
+        heads = size["HV"]
+        dims = size["K"], size["V"], size["H"], heads
+        if type(heads) is not int or type(dims[0]) is not int:  # torch's compiler has numbers of its own
+            dims = tuple(map(int, dims))
+        work, every = bucket(size["B"] * size["T"] * heads), call.every
+        return purpose, work, every, dims, tensors[self._value].dtype, *[tensors[name].dtype for name in self._gating]
+
+    def _want(self, call, purpose: str, target: str, device: str, processors: int) -> Want:
+        _, work, every, (k, v, h, hv), dtype, *gates = self._kind(call, purpose)
+        dtypes = short(dtype), "+".join(sorted(set(map(short, gates)))) or short(dtype)
+        state = f"{self.op.state.layout} {self.op.state.dtype}"
+        what = self.op.signature.recurrence, purpose, target, (k, v), hv // h if h else 1, *dtypes, state
+        keep = self.op.training.keep.value if purpose == "training" else ""
+        return Want(Key(*what, device, processors, work), keep, every)
 
     @cached_property
     def cpu_entries(self) -> dict[str, list[Entry]]:
@@ -84,10 +92,10 @@ class Tuned:
         """The schedule of a call on the CPU: as tuned on this very one, else the default."""
         if not (entries := self.cpu_entries.get(purpose)):
             return UNTUNED_CPU
-        want = self._want(call, purpose, CPU, *this_cpu())
-        if want not in self._cpu:
-            self._cpu[want] = cpu_choice(self, want, entries)
-        return self._cpu[want]
+        kind = self._kind(call, purpose)
+        if kind not in self._cpu:
+            self._cpu[kind] = cpu_choice(self, self._want(call, purpose, CPU, *this_cpu()), entries)
+        return self._cpu[kind]
 
     def say(self, want: Want, choice: Selection) -> None:
         """One line for each purpose and bucket, in the log and in `explain`."""

@@ -332,23 +332,25 @@ def test_without_tables_a_build_is_as_it_was(machine):
     assert only is default and builder.manifest_of(default, []).keys() == packages.contents(default).keys()
 
 
-@pytest.mark.parametrize("gpu", ["H100", H100[0]])
-def test_a_build_for_one_gpu_has_the_schedules_of_its_table(gpu):
-    tables(entry({"chunk_size": 32}), entry({"stages": 1}, device=H200))
-    of = lambda gpu: variants.variants(source(), kg.load("gla"), None, lambda s: source(schedule=s), gpu)  # noqa: E731
-    assert [s.schedule["chunk_size"] for s in of(gpu)] == [16, 32]
-    assert len(of(None)) == 3
+@pytest.mark.parametrize(
+    ("only", "chunks"),
+    [(["H100"], [16, 32]), ([H100[0]], [16, 32]), (["H100", "H200"], [16, 32, 64]), ([], [16, 32, 64])],
+)
+def test_a_build_for_some_gpus_has_the_schedules_of_their_tables(only, chunks):
+    tables(entry({"chunk_size": 32}), entry({"chunk_size": 64}, device=H200))
+    found = variants.variants(source(), kg.load("gla"), None, lambda s: source(schedule=s), only)
+    assert sorted(s.schedule["chunk_size"] for s in found) == chunks
 
 
 def test_a_build_for_a_gpu_without_a_table_has_those_of_the_nearest(monkeypatch):
     tables(entry({"chunk_size": 32}, device=H200), entry({"stages": 1}, device=("Some GPU", 8)))
-    found = variants.variants(source(), kg.load("gla"), None, lambda s: source(schedule=s), "H100")
+    found = variants.variants(source(), kg.load("gla"), None, lambda s: source(schedule=s), ["H100"])
     assert [s.schedule["chunk_size"] for s in found] == [16, 32]
 
 
 def test_a_build_for_a_gpu_without_any_table_has_what_the_model_chooses(machine, monkeypatch, launched):
     monkeypatch.setattr(choose, "picked", lambda task, at, shape, fixed: source(schedule={"chunk_size": 32}).schedule)
-    default, picked = variants.variants(source(), kg.load("gla"), None, lambda s: source(schedule=s), "H100")
+    default, picked = variants.variants(source(), kg.load("gla"), None, lambda s: source(schedule=s), ["H100"])
     assert (default.tuned, picked.schedule["chunk_size"], len(picked.tuned)) == ((), 32, 3)
     for one in (default, picked):
         packages.write(machine / "made", one, machine)
