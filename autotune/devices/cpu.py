@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import accumulate, cycle
 from pathlib import Path
 
@@ -199,9 +198,11 @@ def versions() -> dict:
     """Of what computes, with the instructions and the threads that torch takes by itself."""
     import torch
 
+    import kdagen
+
     text = torch.__config__.show()
     found = {n: m[1] for n, p in LIBRARIES.items() if (m := re.search(p, text))}
-    ours = {name: version(name) for name in ("kdagen", "torch")}
+    ours = {"kdagen": kdagen.__version__, "torch": torch.__version__}
     return ours | found | {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
@@ -217,7 +218,7 @@ def kernels() -> str:
     """A hash of what decides the computation: the text of what derives programs and of what runs them."""
     import kdagen
 
-    root, found = Path(kdagen.__file__).parent, hashlib.sha256(version("kdagen").encode())
+    root, found = Path(kdagen.__file__).parent, hashlib.sha256(kdagen.__version__.encode())
     paths = {p for name in SOURCES for p in root.glob(name if name.endswith(".py") else f"{name}/*.py")}
     for path in sorted(paths):
         found.update(f"{path.relative_to(root)}\n{path.read_text()}".encode())
