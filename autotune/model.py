@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
 from kdagen.autotune import gpus
 from kdagen.autotune.cycles import LEAST, RATES, USUAL, Latencies, cycles
 from kdagen.autotune.gpus import Gpu
+from kdagen.autotune.neighbours import neighbours
 from kdagen.autotune.space import Space, space_of
 from kdagen.autotune.space.legal import most_registers
 from kdagen.autotune.sweep import CPU, Task, Workload
@@ -30,6 +31,7 @@ BLOCKS = 32  # of a processor at a time, at most
 RESERVED = 1024  # bytes of shared memory that a block takes beside its own
 SPARE = 40  # registers of a thread beside its fragments: addresses, indices
 GAIN = 1.15  # what a schedule must be predicted to gain before it takes the default's place
+ALL = 300  # candidates up to which the model looks at each; of more, at those that a descent comes to
 TIE = 1.02  # predictions so near to each other say nothing
 
 
@@ -88,13 +90,32 @@ def pick(task: Task, workload: Workload, **fixed) -> Choices:
 
 @cache
 def _pick(space: Space, task: Task, workload: Workload, fixed: tuple) -> Choices:
-    times = {schedule: predicted(task, schedule, workload).ms for schedule in _legal(space, fixed)}
-    default = space.complete(**dict(fixed))
-    usual = times[default] if default in times else predicted(task, default, workload).ms
-    best = min(times.values(), default=usual)
-    if usual <= GAIN * best:
+    legal, default = _legal(space, fixed), space.complete(**dict(fixed))
+    times: dict[Choices, float] = {}
+
+    def ms(schedule: Choices) -> float:
+        if schedule not in times:
+            times[schedule] = predicted(task, schedule, workload).ms
+        return times[schedule]
+
+    seen = legal if len(legal) <= ALL else (_descended(default, legal, ms),)
+    best = min(map(ms, seen), default=ms(default))
+    if ms(default) <= GAIN * best:
         return default
-    return min((s for s, ms in times.items() if ms <= TIE * best), key=lambda s: (differences(s, default), s.json()))
+    return min((s for s, t in times.items() if t <= TIE * best), key=lambda s: (differences(s, default), s.json()))
+
+
+def _descended(start: Choices, legal: tuple[Choices, ...], ms: Callable[[Choices], float]) -> Choices:
+    """From the start to the best neighbour, and on, until none is better."""
+    others = {schedule: vars(schedule) for schedule in legal}
+    order = {schedule: (i,) for i, schedule in enumerate(legal)}
+    centre = start
+    while True:
+        around = neighbours(vars(centre), others, order.__getitem__).values()
+        best = min((centre, *around), key=lambda s: (ms(s), order.get(s, (-1,))))
+        if best == centre or ms(best) >= ms(centre):
+            return centre
+        centre = best
 
 
 @cache

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from kdagen.autotune import gpus, select
 from kdagen.autotune.folder import Folder
+from kdagen.autotune.neighbours import neighbours
 from kdagen.autotune.select import Entry
 from kdagen.autotune.sweep import Candidate, Study, Sweep, Task, Workload
 
@@ -96,22 +97,12 @@ class Field:
             yield from sorted(times, key=lambda i: (times[i], i))[:FEW]
 
     def neighbours(self, centre: str, seed) -> Iterator[str]:
-        """Along each axis, the axes in an order of chance: for each other value what is nearest to the centre.
-
-        Where no candidate differs in that field alone, others change with it: a wider tile wants more threads.
-        """
-        own = self.fields(centre)
-        axes = sorted(own)
+        """Along each axis, the axes in an order of chance."""
+        axes = sorted(self.fields(centre))
         random.Random(f"{seed} {self.study.task.name}").shuffle(axes)
-        nearest: dict[tuple, tuple] = {}
-        for candidate in self.kept:
-            fields = self.fields(candidate)
-            changed = [axis for axis in axes if fields[axis] != own[axis]]
-            for axis in changed:
-                place = (len(changed), self.ranks.get(candidate, 0.0), candidate)
-                key = (axes.index(axis), str(fields[axis]))
-                nearest[key] = min(place, nearest.get(key, place))
-        for _, (_, _, candidate) in sorted(nearest.items()):
+        others = {i: line["schedule"] for i, line in self.kept.items()}
+        found = neighbours(self.fields(centre), others, lambda i: (self.ranks.get(i, 0.0), i))
+        for _, _, candidate in sorted((axes.index(axis), str(value), i) for (axis, value), i in found.items()):
             yield candidate
 
 

@@ -26,9 +26,10 @@ CONSTRAINTS = (
     Constraint("warp groups", ("scan_threads", "scan_skeleton"), warp_groups),
     lowers("products of prepare", *PREPARE),
     shared_memory("shared memory of prepare", ("prepare",), *PREPARE),
-    lowers("tiles of the scan", *SCAN, "split"),
+    lowers("tiles of the scan", *SCAN),
     registers("registers of the scan", ("scan", "output"), *SCAN),
     shared_memory("shared memory of the scan", ("scan", "output"), *SCAN, "stages"),
+    lowers("segments", "stages", "split"),
 )
 
 

@@ -235,6 +235,15 @@ def test_a_small_gain_is_none(monkeypatch, gain, taken):
     model._pick.cache_clear()
 
 
+@pytest.mark.parametrize("text", ["1x8192x8", "1x65536x4", "1x8192x64"])
+def test_where_there_are_too_many_to_look_at_a_descent_comes_near_to_the_best(monkeypatch, text):
+    best = min(predicted(KDA, s, shape(text)).ms for s in space_of(KDA).survey().legal)
+    monkeypatch.setattr(model, "ALL", 0)
+    model._pick.cache_clear()
+    assert predicted(KDA, pick(KDA, shape(text)), shape(text)).ms <= max(GAIN, model.TIE) * best
+    model._pick.cache_clear()
+
+
 def test_fields_may_be_given():
     task = dataclasses.replace(KDA, purpose="training")
     assert pick(task, shape("1x8192x64"), keep="all").keep == "all"
