@@ -24,7 +24,7 @@ from kdagen.autotune.folder import Folder
 from kdagen.autotune.sweep import CPU, Candidate, Study
 
 from kdagen import debug
-from kdagen.errors import ScheduleError
+from kdagen.errors import KdagenError, ScheduleError
 
 __all__ = ["compile_candidates", "load", "source_of"]
 KERNEL_SECONDS = 600.0  # after which a kernel is given up: most take 10, the slowest known a minute
@@ -101,6 +101,11 @@ class Ascent:
             climb.source = source_of(climb.candidate)
         except ScheduleError as error:
             return climb.log("lowered", "rejected", str(error), kernels={})
+        except KdagenError:
+            raise  # of the op or the target: no candidate would fare better
+        except Exception as error:
+            reason = f"no source: {type(error).__name__}: {error} (a bug in kdagen)"
+            return climb.log("lowered", "failed", reason, kernels={})
         climb.kernels = tuple(self._kernel(job) for job in jobs_of(climb.source))
         climb.course.settle()
 

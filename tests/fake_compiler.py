@@ -152,6 +152,8 @@ class RemoteCompiler:
 
     def run(self, key: str, job, timeout: float):
         stages = [("lowering", {}), ("lowered", {"launch": LAUNCH})]
+        if "9 stages" in job.text:
+            return [], {}, toolchain.Died("it compiles otherwise", "start")
         if "tile 128" in job.text:
             return stages, {}, toolchain.Died("it hangs", "hang")
         if "3 stages" in job.text:

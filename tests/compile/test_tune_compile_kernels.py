@@ -5,12 +5,16 @@ import sys
 
 import pytest
 from fake_compiler import Said
-from kdagen.autotune.compile import compile_candidates, load
+from kdagen.autotune.compile import compile_candidates, load, source_of
+from kdagen.autotune.distribute import Compiler
 from kdagen.autotune.folder import Folder
 from kdagen.autotune.space import space_of
 from kdagen.autotune.sweep import Candidate, Study, Sweep, Task, Workload
 
+from kdagen import debug
 from kdagen.build import pool
+from kdagen.build.builder import job_key, jobs_of
+from kdagen.build.cache import Cache
 from kdagen.errors import ArtefactError
 from kdagen.target import target
 
@@ -112,3 +116,18 @@ def test_a_flipped_byte_is_refused_and_mended(compiled):
         load(folder, STAGES.id)
     assert load(folder, DEFAULT.id)  # whose scan is another
     assert compile_all(folder) == {} and load(folder, STAGES.id)
+
+
+def test_an_actor_s_compiler_gives_the_entry_as_it_is_in_the_cache(compiled):
+    """As a host of a Ray cluster does it (here from this cache); a worker that died is replaced."""
+    job = jobs_of(source_of(DEFAULT))[0]
+    key, compiler = job_key(job), Compiler()
+    stages, files, error = compiler.run(key, job, 60)
+    entry = Cache(debug.cache_dir()).get(key)
+    assert (stages, error) == ([], None)
+    assert {**files, "sha256.json": (entry / "sha256.json").read_bytes()} == {
+        f.name: f.read_bytes() for f in entry.iterdir()
+    }
+    compiler.worker.end()
+    assert compiler.run(key, job, 60)[2] is None
+    compiler.worker.end()

@@ -7,13 +7,15 @@ import time
 import pytest
 import toy
 from fake_compiler import Bench, Compiler, candidate
+from kdagen.autotune import compile
 from kdagen.autotune.compile import compile_candidates, load
+from kdagen.autotune.sweep import Task
 
 from kdagen.build import pool, toolchain
 from kdagen.build.kernel import job_of
-from kdagen.errors import ArtefactError, ScheduleError, ToolchainError
+from kdagen.errors import ArtefactError, RecurrenceError, ScheduleError, ToolchainError
 
-ONE = candidate()
+ONE, SOURCE_OF = candidate(), compile.source_of
 JOB = job_of(toy.toy().kernels[2], toy.toy())
 FIX = "compile it again with `kdagen tune compile`"
 
@@ -44,7 +46,7 @@ def test_a_candidate_that_is_not_compiled(bench):
 def test_a_manifest_that_is_damaged(bench, text):
     path = bench.folder.candidates / f"{ONE.id}.json"
     path.write_text(text)
-    with raises(ArtefactError, f"{path} is damaged, or of another version of kdagen: {FIX}"):
+    with pytest.raises(ArtefactError, match=rf"{path} is damaged(, or of another version of kdagen)?: {FIX}"):
         load(bench.folder, ONE.id)
 
 
@@ -91,6 +93,13 @@ def test_the_check_finds_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     with raises(ToolchainError, "no C++ compiler found"):
         toolchain.check()
+
+
+def test_an_op_that_is_nowhere_ends_it_all(monkeypatch, tmp_path):
+    bench = Bench(monkeypatch, tmp_path, (Task("none.py:op", "inference", "sm90", "H100"),))
+    monkeypatch.setattr(compile, "source_of", SOURCE_OF)
+    with raises(RecurrenceError, "'none.py:op': there is no file none.py"):
+        bench.run([candidate(bench.folder.sweep.studies[0].task)])
 
 
 def test_another_sweep_works_in_the_folder(bench):

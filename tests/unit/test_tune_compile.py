@@ -98,11 +98,16 @@ def test_a_schedule_that_the_compiler_refuses_is_rejected(bench, monkeypatch):
     def refused(wanted):
         if wanted == TILE:
             raise ScheduleError("v_tile 128: too wide")
+        if wanted == STAGES:
+            raise ZeroDivisionError("division by zero")
         return source_of(wanted)
 
     monkeypatch.setattr("kdagen.autotune.compile.source_of", refused)
     bench.run(ALL)
     assert bench.verdicts(TILE) == ["lowered rejected"] and bench.lines(TILE)[0]["reason"] == "v_tile 128: too wide"
+    (line,) = bench.lines(STAGES)
+    assert line["verdict"] == "failed"
+    assert line["reason"] == "no source: ZeroDivisionError: division by zero (a bug in kdagen)"
     assert bench.verdicts(CHUNK) == KEPT
 
 

@@ -18,7 +18,7 @@ from recordings import BEST, CANDIDATES, MIDDLE, faulty, planned, recording, tod
 from test_tune_measure import Notes
 
 from kdagen import cli
-from kdagen.errors import ArgumentError, LaunchError
+from kdagen.errors import ArgumentError, LaunchError, ToolchainError
 
 QUICK = Limits(hang_s=10, patience_s=5, final_s=0.05)
 FACTS = {"do": "facts"}
@@ -187,3 +187,11 @@ def test_kernels_are_compiled_by_the_cluster_and_come_back(monkeypatch, tmp_path
     assert [bench.lines(c)[-1]["death"] for c in (tile, stages)] == ["hang", "crash"]
     assert bench.lines(stages)[-1]["reason"] == "the actor that compiled toy_scan is gone"
     assert load(bench.folder, chunk.id).plan["schedule"] == chunk.schedule.fields()
+
+
+def test_a_host_that_compiles_otherwise_ends_it_all(monkeypatch, tmp_path):
+    bench = Compiling(monkeypatch, tmp_path)
+    monkeypatch.setattr(distribute, "Compiler", RemoteCompiler)
+    with pytest.raises(ToolchainError, match="it compiles otherwise"):
+        bench.run([candidate(stages=9)], distribute.compile_each)
+    assert list(bench.folder.log) == []
