@@ -26,9 +26,12 @@ from kdagen.state import DEFAULT, StateType
 class BuiltOp:
     """One op of a package, with all its folders of kernels; see kdagen.runtime.op.Op for what it takes."""
 
-    def __init__(self, folder: str | Path, state: StateType | None = None):
-        """`state` chooses among kernels for several types of states; by default those of the first type."""
-        self.folder, self.name, self._state = Path(folder), Path(folder).name, state
+    def __init__(self, folder: str | Path, state: StateType | None = None, tuned: bool = True):
+        """`state` chooses among kernels for several types of states; by default those of the first type.
+
+        Unless `tuned`, all calls run by the default schedules.
+        """
+        self.folder, self.name, self._state, self._tuned = Path(folder), Path(folder).name, state, tuned
         self.choices: dict[Want, Selection] = {}  # what was chosen for the calls so far
         self._chosen: dict[Want, LoadedOp] = {}
         self._op = None
@@ -57,8 +60,9 @@ class BuiltOp:
         from kdagen.runtime.signature import signature
 
         digests = [variant.manifest["digest"] for variant in self.variants]
-        identity = torch_op.identity("built", str(self.folder.resolve()), digests)
-        rest = self._canonical, self, self.keep, self.wide, self.state
+        identity = torch_op.identity("built", str(self.folder.resolve()), digests, self._tuned)
+        untuned = frozenset() if self._tuned else frozenset(PURPOSES)
+        rest = self._canonical, self, self.keep, self.wide, self.state, untuned
         self._op = shared(identity, lambda: Op(signature(self.recurrence), identity, *rest))
         return self._op
 
@@ -92,7 +96,11 @@ class BuiltOp:
 
     def with_state(self, state_layout: str = DEFAULT.layout, state_dtype="float32") -> BuiltOp:
         """The op whose states are of another type, as `kdagen.compile(state_layout=, state_dtype=)` has it."""
-        return BuiltOp(self.folder, StateType(state_layout, short(state_dtype)))
+        return BuiltOp(self.folder, StateType(state_layout, short(state_dtype)), self._tuned)
+
+    def untuned(self) -> BuiltOp:
+        """The op whose calls all run by the default schedules: no bit depends on what was tuned for which size."""
+        return BuiltOp(self.folder, self._state, tuned=False)
 
     @property
     def keep(self) -> Keep:

@@ -308,6 +308,14 @@ def test_it_chooses_alike_where_there_are_no_tables(machine, launched):
     assert [p["chunk_size"] for p in launched[::3]] == [32, 16]
 
 
+def test_the_op_of_a_package_without_its_tuned_schedules(machine, launched, caplog):
+    op = package(machine, entry({"chunk_size": 32})).untuned()
+    with caplog.at_level(logging.INFO, logger="kdagen"):
+        call(op.load())
+        call(op.with_state().load())
+    assert {p["chunk_size"] for p in launched} == {16} and said(caplog) == []
+
+
 def test_a_schedule_that_was_not_built_means_the_default(machine, launched, caplog):
     op = package(machine)
     tables(entry({"chunk_size": 32}))
