@@ -6,7 +6,9 @@ operations of torch and the launches that are made while it is open, and does th
 
 from __future__ import annotations
 
+import subprocess
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,17 @@ from kdagen.simulate.torch_arrays import to_numpy
 from kdagen.simulate.verify import built_source
 
 _capturing: list[Graph] = []
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0, uuid="0a", L2_cache_size=1 << 20
+)
+SMI = {  # of a driver that knows the older names alone
+    "driver_version": "580.65",
+    "clocks.sm": "1980 MHz",
+    "clocks.mem": "2619 MHz",
+    "temperature.gpu": "34",
+    "power.draw": "[N/A]",
+    "clocks_throttle_reasons.active": "0x0000000000000025",
+}
 
 
 class Graph(TorchDispatchMode):
@@ -96,3 +109,40 @@ def install(patch) -> None:
     patch.setattr(torch.cuda, "synchronize", lambda *_: None)
     patch.setattr(torch.cuda, "CUDAGraph", Graph)
     patch.setattr(torch.cuda, "graph", capture)
+
+
+class Event:
+    """Stands for torch.cuda.Event: each is one ms after the last."""
+
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.now += 1
+        self.at = Event.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def install_device(patch) -> None:
+    """The same, and all that kdagen.autotune.devices.cuda asks of torch and nvidia-smi, of one GPU."""
+
+    def smi(command, **_):
+        names = command[1].removeprefix("--query-gpu=").split(",")
+        if command[0] != "nvidia-smi" or command[-1] != f"--id=GPU-{PROPERTIES.uuid}" or {*names} - SMI.keys():
+            raise subprocess.CalledProcessError(2, command)
+        return SimpleNamespace(stdout=", ".join(SMI[name] for name in names) + "\n")
+
+    install(patch)
+    stand_ins = {
+        "is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda _: None,
+        "get_device_properties": lambda *_: PROPERTIES, "Event": Event, "_sleep": lambda cycles: None,
+        "empty_cache": lambda: None, "mem_get_info": lambda: (1 << 36, 1 << 37), "memory_reserved": lambda: 0,
+        "memory_allocated": lambda: 0,
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        patch.setattr(torch.cuda, name, stand_in)
+    patch.setattr(subprocess, "run", smi)

@@ -7,6 +7,8 @@ from pathlib import Path
 import packages
 import pytest
 import simulated_gpu
+from kdagen.autotune import cases
+from kdagen.autotune.check import cases as drawn
 
 from kdagen import zoo
 from kdagen.pipeline import compile_decode, compile_op, compile_training
@@ -127,6 +129,27 @@ def test_decoding(gpu_tests, monkeypatch):
 @pytest.mark.parametrize("wrong", ["slots", "slots of 64 bits", "counts", "ends"])
 def test_wrong_integers_of_decoding(gpu_tests, wrong):
     gpu_tests("test_decode_kernels").test_what_is_wrong_leads_nowhere_outside("retnet", wrong)
+
+
+def test_the_tuner(gpu_tests, monkeypatch):
+    simulated_gpu.install_device(monkeypatch)
+    tests = gpu_tests("test_tune_on_gpu")
+    monkeypatch.setattr(cases, "SHORT", (1, 0, 17))
+    monkeypatch.setattr(cases, "LONG", (9,))
+    drawn.cache_clear()
+    device = tests.Device("0")
+    device.name = "cpu"
+    monkeypatch.setattr(tests, "WORKLOADS", {"inference": ("1x9x1", "5+0+1:1/2"), "decode": ("2x1x2",)})
+    contender = tests.contender
+    monkeypatch.setattr(tests, "contender", lambda name, purpose: contender("retnet", purpose))
+    for purpose in tests.WORKLOADS:
+        tests.test_built_ops_are_right(device, "retnet", purpose)
+        for mode in ("device", "graph"):
+            tests.test_every_policy_times(device, purpose, mode, "warm")
+        with monkeypatch.context() as patch:
+            tests.test_one_that_is_off_is_not(device, purpose, patch)
+    tests.test_what_does_not_fit_is_refused_and_leaves_the_device_usable(device)
+    drawn.cache_clear()
 
 
 def beyond(tensors: dict) -> None:

@@ -1,7 +1,6 @@
 """A GPU as a device of the tuner, on fakes of torch's events and graphs: what it says, checks, calls and rotates."""
 
 import subprocess
-from types import SimpleNamespace
 
 import packages
 import pytest
@@ -9,7 +8,7 @@ import simulated_gpu
 import torch
 from kdagen.autotune import cases
 from kdagen.autotune.check import cases as drawn
-from kdagen.autotune.devices import Compiled, clock, cuda, open_device
+from kdagen.autotune.devices import Compiled, clock, open_device
 from kdagen.autotune.sweep import Candidate, Policy, Task, Workload
 
 from kdagen import zoo
@@ -18,57 +17,12 @@ from kdagen.pipeline import compile_decode, compile_op, compile_training
 from kdagen.runtime import loader
 
 MAKE = {"inference": compile_op, "training": compile_training, "decode": compile_decode}
-L2 = 1 << 20
-GPU = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0, uuid="0a", L2_cache_size=L2
-)
-SMI = {
-    "driver_version": "580.65",
-    "clocks.sm": "1980 MHz",
-    "clocks.mem": "2619 MHz",
-    "temperature.gpu": "34",
-    "power.draw": "[N/A]",
-    "clocks_throttle_reasons.active": "0x0000000000000025",
-}
-
-
-class Event:
-    """Each event is one ms after the last."""
-
-    now = 0
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        Event.now += 1
-        self.at = Event.now
-
-    def elapsed_time(self, end):
-        return end.at - self.at
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """torch says that there is a GPU, whose kernels run on the CPU; nvidia-smi knows the older names alone."""
-
-    def run(command, **_):
-        names = command[1].removeprefix("--query-gpu=").split(",")
-        assert command[-1] == "--id=GPU-0a"
-        if any(name not in SMI for name in names):
-            raise subprocess.CalledProcessError(2, command)
-        return SimpleNamespace(stdout=", ".join(SMI[name] for name in names) + "\n")
-
-    simulated_gpu.install(monkeypatch)
-    stand_ins = {
-        "is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda _: None,
-        "get_device_properties": lambda _: GPU, "Event": Event, "_sleep": lambda cycles: None,
-        "empty_cache": lambda: None, "mem_get_info": lambda: (1 << 40, 1 << 40), "memory_reserved": lambda: 0,
-        "memory_allocated": lambda: 0,
-    }  # fmt: skip
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(cuda.subprocess, "run", run)
+    """torch says that there is a GPU, whose kernels run on the CPU."""
+    simulated_gpu.install_device(monkeypatch)
     device = open_device("cuda:0")
     device.name = "cpu"  # where its tensors are
     return device
@@ -94,7 +48,7 @@ def contender(tmp_path_factory):
 
 def test_facts_and_state(gpu):
     facts = gpu.facts()
-    assert facts["device"] == GPU.name and facts["processors"] == 132 and facts["target"] == "sm90"
+    assert facts["device"] == "NVIDIA H100 80GB HBM3" and facts["processors"] == 132 and facts["target"] == "sm90"
     assert facts["versions"]["driver"] == "580.65" and facts["versions"]["torch"] == torch.__version__
     assert {"apache-tvm-ffi"} < facts["versions"].keys()
     assert gpu.state() == {
@@ -105,14 +59,18 @@ def test_facts_and_state(gpu):
 
 
 def test_a_machine_without_nvidia_smi(gpu, monkeypatch):
-    monkeypatch.setattr(cuda.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    def missing(*_, **__):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", missing)
     assert gpu.state() == {} and "driver" not in gpu.facts()["versions"]
 
 
 @pytest.mark.parametrize("purpose", MAKE)
 def test_candidates_are_checked(gpu, contender, monkeypatch, purpose):
     monkeypatch.setattr(cases, "SHORT", (1, 0, 17))
-    monkeypatch.setattr(cases, "LONG", (9,))
+    few = cases.forms(purpose)[1::3]
+    monkeypatch.setattr("kdagen.autotune.check.forms", lambda purpose: few)
     drawn.cache_clear()
     found = gpu.check(*contender(purpose))
     assert found["ok"] and found["errors"]["out"][0] > 0
@@ -191,7 +149,7 @@ def test_small_sets_are_cold_because_something_else_fills_the_cache(gpu, contend
 
 def test_what_clears_the_cache_is_larger_than_it(gpu):
     gpu.clear_cache()
-    assert gpu._other.nbytes == clock.COLD * L2 and not gpu._other.any()
+    assert gpu._other.nbytes == clock.COLD << 20 and not gpu._other.any()
 
 
 def test_contenders_share_inputs_and_turns(gpu, contender, launched):
