@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from kdagen.autotune.devices import Compiled
 from kdagen.autotune.folder import Folder
@@ -70,7 +71,7 @@ class Session:
         self.folder, self.known, self.say, self.limits = folder, known, say, limits
         self.study, self.end = known.study, end
         self._benches, self._lock, self._stopped = benches, threading.RLock(), False
-        self._longest: dict[str, float] = {}  # seconds of an answered request, by what was to be done
+        self._longest: dict[tuple, float] = {}  # seconds of an answered request, by what was to be done, on which shape
 
     @property
     def benches(self) -> list[Bench]:
@@ -135,7 +136,7 @@ class Session:
         Raises WorkerDied, or TimeIsUp where it was ended at the time `kill`.
         `seconds`: what the request is known to take.
         """
-        began, what = time.monotonic(), request["do"]
+        began, what = time.monotonic(), (request["do"], request.get("workload"))
         timeout = seconds + self._timeout(what)
         fields = [contender_fields(self.known.candidate(c), self._compiled(c)) for c in contenders]
         try:
@@ -147,7 +148,7 @@ class Session:
         self._longest[what] = max(self._longest.get(what, 0.0), time.monotonic() - began)
         return reply
 
-    def _timeout(self, what: str) -> float:
+    def _timeout(self, what: tuple) -> float:
         if what not in self._longest:
             return self.limits.hang_s
         return min(self.limits.hang_s, max(self.limits.patience_s, PATIENCE * self._longest[what]))
@@ -161,36 +162,47 @@ class Session:
 
         A bench whose worker does not start any more is lost; where none is left, its error is raised.
         """
-        waiting, errors = deque(work), []
-        threads = [
-            threading.Thread(target=self._feed, args=(b, waiting, do, until, errors), daemon=True) for b in self.benches
-        ]
+        waiting = deque(work)
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            errors = in_threads([partial(self._feed, bench, waiting, do, until) for bench in self.benches])
         except BaseException:
             self._stopped = True
             raise
-        if bugs := [error for error in errors if not isinstance(error, KdagenError)]:
-            raise bugs[0]
-        if errors and not self.benches:
-            raise errors[0]
+        bugs = [error for error in errors if not isinstance(error, KdagenError)]
+        if bugs or (errors and not self.benches):
+            raise (bugs or errors)[0]
 
-    def _feed(self, bench: Bench, waiting: deque, do, until: float, errors: list) -> None:
+    def _feed(self, bench: Bench, waiting: deque, do, until: float) -> None:
         try:
             while not self._stopped and time.monotonic() < until and (item := _next(waiting)) is not None:
                 do(bench, item)
         except TimeIsUp:
             return
         except Exception as error:
-            errors.append(error)
             bench.lost = True
             self.say.note(f"{bench.device} is given up: {error}")
+            raise
 
 
 def _next(waiting: deque):
     """The next item, None if another thread took the last one."""
     with contextlib.suppress(IndexError):
         return waiting.popleft()
+
+
+def in_threads(tasks: list[Callable[[], None]]) -> list[Exception]:
+    """Runs all at once; returns what they raised. The threads do not outlive this process."""
+    errors: list[Exception] = []
+
+    def run(task) -> None:
+        try:
+            task()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors

@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
-from kdagen.autotune.bench import Bench, Limits, Session
+from kdagen.autotune.bench import Bench, Limits, Session, in_threads
 from kdagen.autotune.finals import run_finals
 from kdagen.autotune.folder import Folder
 from kdagen.autotune.measured import Measured
@@ -66,8 +67,8 @@ def measure(
 
 def _open(workers: list, limits: Limits, say) -> list[Bench]:
     benches = [Bench(worker) for worker in workers]
-    for bench in benches:
-        bench.open(limits.hang_s, say)
+    if errors := in_threads([partial(bench.open, limits.hang_s, say) for bench in benches]):
+        raise errors[0]
     return benches
 
 

@@ -78,7 +78,7 @@ class Worker:
         if spec.startswith("cuda:"):
             spec, environment = "cuda:0", debug.one_gpu(int(spec.removeprefix("cuda:")))
         command = [sys.executable, "-m", "kdagen.autotune.worker", spec, str(self._mark.fileno())]
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (lives as the process does)
+        self._stderr = None if debug.level() else tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (as above)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True, env=environment,
             start_new_session=True, pass_fds=[self._mark.fileno()],
@@ -122,10 +122,13 @@ def _read(stdout, replies: queue.SimpleQueue) -> None:
 def _ending(status: int) -> str:
     if status >= 0:
         return f"the worker ended with exit status {status}"
-    return f"the worker died of {signal.Signals(-status).name}"
+    hint = ", as where the machine's memory runs out" if -status == signal.SIGKILL else ""
+    return f"the worker died of {signal.Signals(-status).name}{hint}"
 
 
 def _last_words(stderr) -> str:
+    if stderr is None:  # they were shown
+        return ""
     stderr.seek(0)
     lines = [line.strip() for line in stderr if line.strip()]
     return f" ({lines[-1]})" if lines else ""

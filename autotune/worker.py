@@ -22,6 +22,7 @@ import math
 import os
 import queue
 import re
+import resource
 import sys
 import threading
 import traceback
@@ -143,6 +144,9 @@ def main() -> None:
     # Whatever a device or its libraries print must not get among the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
+    )  # of a GPU's process: GBs
     try:
         device = open_device(sys.argv[1])
     except Exception as error:

@@ -18,9 +18,9 @@ DEFAULT, BEST, WRONG, SLOW, CLOSE, MIDDLE = CANDIDATES
 MS = {DEFAULT: 1.0, BEST: 0.8, WRONG: 0.5, SLOW: 3.0, CLOSE: 0.805, MIDDLE: 0.95}
 
 
-def planned(path, *studies, candidates=CANDIDATES) -> Folder:
+def planned(path, *studies, candidates=CANDIDATES, **options) -> Folder:
     """A folder in which these are to be tried, the first being the default."""
-    folder = Folder.create(path, Sweep(studies or (STUDY,), policy=Policy("device", "cold")))
+    folder = Folder.create(path, Sweep(studies or (STUDY,), policy=Policy("device", "cold"), **options))
     for study in folder.sweep.studies:
         for candidate in (Candidate(study.task, c.schedule) for c in candidates):
             figures = {"default": True} if candidate.schedule == candidates[0].schedule else {}

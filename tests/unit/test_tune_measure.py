@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -126,21 +127,22 @@ def test_what_was_measured_under_something_else_is_measured_again(tmp_path, fold
     assert len(list(folder.log)) - before == before - len(CANDIDATES)  # but the lines of the model
 
 
-@pytest.mark.parametrize("death", ["crash", "hang", "out of memory", "device error"])
-def test_a_death_is_recorded_and_the_sweep_goes_on(tmp_path, folder, device, death):
+@pytest.mark.parametrize(
+    "death, reason",
+    [
+        ("crash", "the worker died of SIGKILL, as where the machine's memory runs out"),
+        ("hang", "no answer within 1 s"),
+        ("out of memory", "asked of a recording"),
+        ("device error", "asked of a recording"),
+    ],
+)
+def test_a_death_is_recorded_and_the_sweep_goes_on(tmp_path, folder, device, death, reason):
     say = run(folder, faulty(device, tmp_path / "faults", (death, "check", BEST, [1])))
     first, second = found(folder, "correct", BEST)
-    assert (first["verdict"], first["death"]) == ("failed", death) and first["reason"].startswith(f"{death}: ")
+    assert (first["verdict"], first["death"], first["reason"]) == ("failed", death, f"{death}: {reason}")
     assert second["verdict"] == "kept" and found(folder, "final", BEST)
     assert any("is started again" in note for note in say.notes)
     assert found(folder, "correct")[-1] == second  # after all others
-
-
-def test_the_reason_names_signal_or_patience(tmp_path, folder, device):
-    faults = ("crash", "check", BEST, [1]), ("hang", "sample", CLOSE, [1])
-    run(folder, faulty(device, tmp_path / "faults", *faults))
-    assert found(folder, "correct", BEST)[0]["reason"] == "crash: the worker died of SIGKILL"
-    assert found(folder, "screen", CLOSE)[0]["reason"] == "hang: no answer within 1 s"
 
 
 def test_an_exception_of_a_candidate_is_its_own_and_tried_once(tmp_path, folder, device):
@@ -329,8 +331,8 @@ def test_a_deadline_leaves_time_for_finals(tmp_path, folder, device):
     """One hangs: no time is left for those after it, but for finals of those before."""
     spec = faulty(device, tmp_path / "faults", ("hang", "check", SLOW, ALWAYS))
     began = time.monotonic()
-    run(folder, spec, deadline=began + 2, limits=Limits(hang_s=9, patience_s=9, final_s=0.4))
-    assert time.monotonic() - began < 3
+    run(folder, spec, deadline=began + 3.5, limits=Limits(hang_s=9, patience_s=9, final_s=1))
+    assert time.monotonic() - began < 4.5
     assert not found(folder, "correct", SLOW)  # the deadline came amid its check, which is not its fault
     assert {x["candidate"] for x in found(folder, "final")} == {DEFAULT.id, BEST.id}
 
@@ -358,8 +360,6 @@ measure(Folder(sys.argv[1]), [sys.argv[2]], None, Silent(), todo=todo, limits=Li
 
 
 def test_kill_9_at_any_point_loses_nothing_finished(tmp_path, device):
-    import random
-
     folder = planned(tmp_path / "sweep", Study(TASK, (SHAPE, OTHER)))
     delays, kills = random.Random(5), 0
     while True:
@@ -374,7 +374,7 @@ def test_kill_9_at_any_point_loses_nothing_finished(tmp_path, device):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-    assert process.returncode == 0 and kills >= 3
+    assert process.returncode == 0 and kills >= 2
     lines = [(x["candidate"], x["rung"], x.get("workload")) for x in folder.log if x["rung"] in ("correct", "screen")]
     assert len(lines) == len(set(lines)) == 6 + 2 * 5  # nothing twice
     for shape in (SHAPE, OTHER):
@@ -392,3 +392,38 @@ def test_a_torn_last_line_is_measured_again(folder, device):
     run(folder, device)
     again = [x for x in found(folder, "final") if x["candidate"] == last["candidate"]]
     assert len(again) == 1 and again[0]["race"] != last["race"]  # and so is all of its race
+
+
+# -- with the real search, on others' logs ----------------------------------------------------------------------------
+
+
+def test_a_search_goes_on_as_figures_come_in_until_nothing_is_left(tmp_path, device):
+    """Of six candidates a search that may not try all starts at the default and comes to the best by its neighbours."""
+    folder = planned(tmp_path / "sweep", exhaustive=2)
+    say = Notes()
+    measure(folder, [device], None, say, limits=QUICK)
+    assert found(folder, "final", BEST) and found(folder, "screen")[0]["candidate"] == DEFAULT.id
+    before = len(list(folder.log))
+    measure(folder, [device], None, say, limits=QUICK)
+    assert len(list(folder.log)) == before
+
+
+def test_a_replay_of_a_whole_sweep_comes_to_the_same_end(tmp_path):
+    """With what crashed, what was wrong and whose finals came out how."""
+    import tune_logs
+    from kdagen.autotune.standing import Place, Standing
+
+    recorded, folder = tune_logs.measured(tmp_path / "recorded"), tune_logs.compiled(tmp_path / "sweep")
+    measure(folder, [f"replay:{recorded.log.path}"], None, Silent(), limits=QUICK)
+    task, shape = tune_logs.INFERENCE.name, str(tune_logs.SHAPES[0])
+    one, two = (Standing(f.sweep, f.log).studies[task] for f in (recorded, folder))
+    assert one.quarantined == two.quarantined != []
+    place = Place.of(found(folder, "final")[0])
+    assert place == Place.of(found(recorded, "final")[0])
+    best = [study.ranking(place, shape)[0] for study in (one, two)]
+    assert best[0].candidate == best[1].candidate and best[0].ms == pytest.approx(best[1].ms, rel=0.02)
+    wrong = [
+        {x["candidate"] for x in found(f, "correct") if "errors" in x and x["verdict"] == "failed"}
+        for f in (recorded, folder)
+    ]
+    assert wrong[0] == wrong[1] != set()

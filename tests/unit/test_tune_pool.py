@@ -69,7 +69,7 @@ def test_one_process_serves_many_requests(start):
 @pytest.mark.parametrize(
     "fault, kind, reason",
     [
-        ("crash", "crash", "the worker died of SIGKILL"),
+        ("crash", "crash", "the worker died of SIGKILL, as where the machine's memory runs out"),
         ("hang", "hang", "no answer within 0.5 s"),
         ("out of memory", "out of memory", "asked of a recording"),
         ("device error", "device error", "asked of a recording"),
