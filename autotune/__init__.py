@@ -2,6 +2,7 @@
 
 sweep, folder, log     what is tuned, the directory that its stages exchange, and its append-only log
 space, gpus, model     the schedules of a kernel family, facts about GPUs, a lower bound of a schedule's time
+tiles, cycles          what the model reads off tile IR: memory, registers, traffic, the chain of a block's work
 plan, search           the candidates that are worth a compiler, and in which order they are tried
 compile                machine code, and what can be told of it without a GPU
 measure, finals        candidates on devices: right first, then timed, then in turn with the best and the default

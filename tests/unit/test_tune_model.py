@@ -235,12 +235,13 @@ def test_a_small_gain_is_none(monkeypatch, gain, taken):
     model._pick.cache_clear()
 
 
-@pytest.mark.parametrize("text", ["1x8192x8", "1x65536x4", "1x8192x64"])
+@pytest.mark.parametrize("text", ["1x8192x8", "1x8192x64"])
 def test_where_there_are_too_many_to_look_at_a_descent_comes_near_to_the_best(monkeypatch, text):
-    best = min(predicted(KDA, s, shape(text)).ms for s in space_of(KDA).survey().legal)
+    fixed = {"scan_skeleton": "scan_specialised", "output": "fused"}
+    best = min(predicted(KDA, s, shape(text)).ms for s in space_of(KDA).survey(fixed).legal)
     monkeypatch.setattr(model, "ALL", 0)
     model._pick.cache_clear()
-    assert predicted(KDA, pick(KDA, shape(text)), shape(text)).ms <= max(GAIN, model.TIE) * best
+    assert predicted(KDA, pick(KDA, shape(text), **fixed), shape(text)).ms <= GAIN * best
     model._pick.cache_clear()
 
 

@@ -56,7 +56,7 @@ def test_every_candidate_is_in_the_log(tmp_path):
     assert {line["constraint"] for line in refused} == {name for name, n in survey.removed.items() if n}
     assert len({line["candidate"] for line in lines}) == len(lines)
     assert said.lines == lines and said.stages == [(f"plan {KDA.name}", len(lines))]
-    assert f"{len(survey.legal)} of them legal" in said.notes[0]
+    assert f"{len(survey.legal):,} of them legal" in said.notes[0]
 
 
 def test_the_model_line_has_the_schedule_and_figures_of_each_workload(tmp_path):
@@ -136,18 +136,20 @@ def test_the_reason_is_that_of_the_workload_where_it_comes_nearest():
     assert reason == "takes 20 ms at least at b (latency), 2.00 times the best estimate"
 
 
-def test_a_bound_is_never_above_what_the_best_candidate_is_thought_to_take():
-    legal = space_of(KDA).survey().legal
+def test_a_candidate_is_rejected_if_its_bound_is_far_above_the_best_estimate():
+    legal = space_of(KDA).survey({"scan_skeleton": "scan_specialised", "stages": [1, 2]}).legal
     judged = judge(Study(KDA, (PROMPT,)), legal, Sweep((), audit=0))
     best = min(j.predictions[str(PROMPT)].ms for j in judged)
     for j in judged:
         assert bool(j.reason) == (j.predictions[str(PROMPT)].bound_ms > MARGIN * best and not j.default)
-    assert Counter(j.verdict for j in judged)["rejected"] > 10
+    assert Counter(j.verdict for j in judged)["rejected"] > 5
 
 
 def test_some_rejects_are_tried_all_the_same(tmp_path):
+    legal = space_of(KDA).survey({"scan_skeleton": "scan_pipelined", "chunk_size": 64}).legal
+
     def audits(**fields):
-        judged = judge(Study(KDA, (PROMPT,)), space_of(KDA).survey().legal, Sweep((), **fields))
+        judged = judge(Study(KDA, (PROMPT,)), legal, Sweep((), **fields))
         assert all(j.verdict == "kept" for j in judged if j.audit) and all(j.reason for j in judged if j.audit)
         return {j.candidate.id for j in judged if j.audit}
 
