@@ -14,6 +14,7 @@ from kdagen.autotune.sweep import CPU, Candidate, Study, Sweep, Task, short_hash
 
 from kdagen.errors import ArgumentError
 from kdagen.schedule import Choices
+from kdagen.target import target
 
 MARGIN = 1.25  # times the best estimate: what is bound to take longer, on every workload, is rejected
 
@@ -55,6 +56,8 @@ def _checked(task: Task) -> Task:
         )
     if gpu.target != task.target:
         raise ArgumentError(f"the device {gpu.name} is of target {gpu.target}, not {task.target}: choose one of them")
+    if not target(task.target).compiles:
+        raise ArgumentError(f"for {gpu.name} ({gpu.target}) kdagen writes sources, which it cannot compile or measure")
     return task
 
 

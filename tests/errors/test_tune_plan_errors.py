@@ -31,6 +31,11 @@ def test_a_device_of_another_target():
         survey(device="A100")
 
 
+def test_a_target_that_nothing_is_compiled_for():
+    with pytest.raises(ArgumentError, match=r"for MI300X \(gfx942\) kdagen writes sources, which it cannot compile"):
+        survey(target="gfx942", device="MI300X")
+
+
 def test_an_axis_that_is_none():
     expected = (
         "no axis threads in the space of kda for inference on sm90: expected some of chunk_size, decay, prepare_threads"
