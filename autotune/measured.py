@@ -31,6 +31,7 @@ class Measured:
         self._schedules: dict[str, dict] = {}
         self._compiled: dict[str, dict] = {}  # the last line of each on a rung of the compiler
         self._measured: dict[tuple, list[dict]] = {}  # by candidate, rung and shape
+        self._made_by: dict[str, dict] = {}  # versions of compilers, by candidate
         for line in lines:
             self.add(line)
 
@@ -96,10 +97,17 @@ class Measured:
         """All that a figure of it depends on, here and now."""
         task, facts = self.study.task, self.facts
         under = {"kernels": self._kernels(candidate), "policy": str(self.folder.sweep.policy)}
-        under |= {name: facts[name] for name in ("device", "processors", "versions")}
+        under |= {name: facts[name] for name in ("device", "processors")}
+        under |= {"versions": {**self._compilers(candidate), **facts["versions"]}}
         under |= {"dtype": task.dtype, "head_dim": list(task.head_dim)}
         shape = {"ratio": workload.value_heads // workload.heads, "bucket": workload.bucket} if workload else {}
         return under | shape
+
+    def _compilers(self, candidate: str) -> dict:
+        """The versions of what made its machine code."""
+        if candidate not in self._made_by and self.runnable(candidate):
+            self._made_by[candidate] = (self.manifest(candidate) or {}).get("versions", {})
+        return self._made_by.get(candidate, {})
 
     def _kernels(self, candidate: str) -> str:
         known = self._compiled.get(candidate, {}).get("kernels_hash") or self.facts.get("kernels")
