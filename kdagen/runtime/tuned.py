@@ -61,11 +61,10 @@ class Tuned:
     def _kind(self, call, purpose: str) -> tuple:
         """What all that is chosen follows from; taken at every call, and so in a few microseconds."""
         size, tensors = call.sizes, call.tensors
-        heads = size["HV"]
-        dims = size["K"], size["V"], size["H"], heads
-        if type(heads) is not int or type(dims[0]) is not int:  # torch's compiler has numbers of its own
+        dims = size["K"], size["V"], size["H"], size["HV"]
+        if type(sum(dims)) is not int:  # torch's compiler has numbers of its own
             dims = tuple(map(int, dims))
-        work, every = bucket(size["B"] * size["T"] * heads), call.every
+        work, every = bucket(size["B"] * size["T"] * size["HV"]), call.every
         return purpose, work, every, dims, tensors[self._value].dtype, *[tensors[name].dtype for name in self._gating]
 
     def _want(self, call, purpose: str, target: str, device: str, processors: int) -> Want:
