@@ -16,10 +16,11 @@ from kdagen.autotune.timing import FEWEST_ROUNDS, Interval
 
 def run_finals(session: Session) -> None:
     """All that are not in the log yet; a device that is lost leaves its shapes to others."""
-    for _ in range(1 + len(session.benches)):
-        if open_ := [w for w in session.study.workloads if _open(session, w)]:
-            session.say.stage("final", sum(len(contenders(session, w)) for w in open_))
-            session.spread(open_, lambda bench, workload: _Final(session, bench, workload).run(), session.end)
+    benches = None
+    while benches != session.benches and (open_ := [w for w in session.study.workloads if _open(session, w)]):
+        benches = session.benches
+        session.say.stage("final", sum(len(contenders(session, w)) for w in open_))
+        session.spread(open_, lambda bench, workload: _Final(session, bench, workload).run(), session.end)
 
 
 def contenders(session: Session, workload: Workload) -> list[str]:
@@ -65,7 +66,7 @@ class _Final:
                 continue
             self._record(names, reply, unsteady)
         if self.astray == DEATHS:
-            self.session.say.note(f"finals of {self.session.study.task.name} {self.workload} are given up: see the log")
+            self.session.say.note(f"finals of {self.session.study.task.name} {self.workload} are given up")
 
     def _seconds(self, names: list[str]) -> float | None:
         """How long a race may take: its share of what is left; None if that is too short for it."""

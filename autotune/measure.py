@@ -42,6 +42,7 @@ def measure(
 ) -> None:
     """Measures all that can be on these devices, until the deadline (of time.monotonic).
 
+    `finals`: without them, time for them is left all the same.
     `workers` instead of local ones: what has `device`, `ask` and `end` as kdagen.autotune.pool.Worker has.
     `todo`: what is to be tried as of now, if not what kdagen.autotune.search says.
     """
@@ -88,7 +89,7 @@ def _measure(folder, study: Study, benches: list[Bench], end: float, say, limits
     fit = [b for b in fit if b.machine == fit[0].machine]
     known = Measured(folder, study, fit[0].facts, folder.log)
     session = Session(folder, known, fit, end, say, limits)
-    _Screening(session, todo).run(_reserve(session) if finals else 0.0)
+    _Screening(session, todo).run(_reserve(session))
     if finals:
         run_finals(session)
     return None

@@ -14,12 +14,14 @@ from kdagen.autotune.bench import Limits
 from kdagen.autotune.measure import measure
 from kdagen.autotune.progress import Silent
 from kdagen.autotune.sweep import Study, Workload
+from kdagen.autotune.timing import Interval, winner
 from recordings import (
     BEST,
     CANDIDATES,
     CLOSE,
     DEFAULT,
     MIDDLE,
+    MS,
     OTHER,
     SHAPE,
     SLOW,
@@ -211,6 +213,19 @@ def test_finals_on_a_slowed_device_are_repeated_once_and_marked(tmp_path, folder
 def test_finals_that_stay_unsteady_say_so(tmp_path, folder, device):
     run(folder, faulty(device, tmp_path / "faults", ("throttle", "samplers", BEST, ALWAYS)))
     assert {x["unsteady"] for x in found(folder, "final")} == {"throttled: asked of a recording"}
+
+
+def test_of_a_tie_in_finals_the_simplest_wins(tmp_path, folder):
+    """One that differs from the default in two fields is ahead by less than can be told from one that does in one."""
+    run(folder, recording(tmp_path / "recorded.jsonl", MS | {BEST: 0.8, CLOSE: 0.7999}, spread=0.05))
+    intervals = {x["candidate"]: Interval(x["median"], x["low"], x["high"], x["calls"]) for x in found(folder, "final")}
+    assert intervals[BEST.id].overlaps(intervals[CLOSE.id])
+
+    def changed(name) -> int:
+        schedule = next(c.schedule for c in CANDIDATES if c.id == name)
+        return sum(x != y for x, y in zip(vars(schedule).values(), vars(DEFAULT.schedule).values()))
+
+    assert winner(intervals, DEFAULT.id, changed) == BEST.id
 
 
 def test_a_default_that_is_wrong_leaves_the_others_to_race(tmp_path, folder):
