@@ -31,7 +31,7 @@ class Measured:
         self._schedules: dict[str, dict] = {}
         self._compiled: dict[str, dict] = {}  # the last line of each on a rung of the compiler
         self._measured: dict[tuple, list[dict]] = {}  # by candidate, rung and shape
-        self._made_by: dict[str, dict] = {}  # versions of compilers, by candidate
+        self._manifests: dict[str, dict | None] = {}
         for line in lines:
             self.add(line)
 
@@ -70,8 +70,10 @@ class Measured:
         return self._compiled.get(candidate, {"verdict": "kept"})["verdict"] != "kept"
 
     def manifest(self, candidate: str) -> dict | None:
-        """That of its machine code, where the device runs any."""
-        return self.folder.manifest(candidate) if self.facts.get("compiled", True) else None
+        """That of its machine code, where the device runs any; read once."""
+        if candidate not in self._manifests and self.facts.get("compiled", True):
+            self._manifests[candidate] = self.folder.manifest(candidate)
+        return self._manifests.get(candidate)
 
     def runnable(self, candidate: str) -> bool:
         """Whether there is machine code for it that can be read, or need be none."""
@@ -105,13 +107,11 @@ class Measured:
 
     def _compilers(self, candidate: str) -> dict:
         """The versions of what made its machine code."""
-        if candidate not in self._made_by and self.runnable(candidate):
-            self._made_by[candidate] = (self.manifest(candidate) or {}).get("versions", {})
-        return self._made_by.get(candidate, {})
+        return (self.manifest(candidate) or {}).get("versions", {}) if self.runnable(candidate) else {}
 
     def _kernels(self, candidate: str) -> str:
         known = self._compiled.get(candidate, {}).get("kernels_hash") or self.facts.get("kernels")
-        return known or short_hash(self.folder.manifest(candidate))
+        return known or short_hash(self.manifest(candidate))
 
     def found(self, candidate: str, rung: str, workload: Workload | None = None, on: str | None = None) -> dict | None:
         """The last line that settles it there (and on that device, if one is said); a death settles nothing."""

@@ -241,7 +241,10 @@ class Gpu:
     device = "cuda:0"
 
     def __init__(self, target="sm90", *replies):
-        self.replies = [{"facts": {"device": "G", "processors": 1, "versions": {}, "target": target}}, *replies]
+        self.replies = [
+            {"facts": {"device": "G", "processors": 1, "versions": {"cuda": "13.0"}, "target": target}},
+            *replies,
+        ]
         self.requests = []
 
     def ask(self, request, timeout, say):
@@ -262,15 +265,16 @@ def test_candidates_that_are_not_compiled_are_left_out_with_one_note(tmp_path, f
 
 def test_a_compiled_candidate_is_sent_with_its_manifest(folder):
     folder.candidates.mkdir()
-    (folder.candidates / f"{DEFAULT.id}.json").write_text('{"digest": "d"}')
+    (folder.candidates / f"{DEFAULT.id}.json").write_text('{"versions": {"tilelang": "0.1.15"}}')
     (folder.candidates / f"{BEST.id}.json").write_text("{")
     gpu = Gpu("sm90", {"ok": False, "reason": "all zero", "errors": {}, "oracle": "the float64 recurrence"})
     (note,) = run(folder, workers=[gpu]).notes
     assert "5 candidates are not compiled, or damaged, and left out" in note
     (sent,) = gpu.requests[1]["contenders"]
-    assert (sent["kernels"], sent["manifest"]) == (str(folder.kernels), {"digest": "d"})
+    assert (sent["kernels"], sent["manifest"]) == (str(folder.kernels), {"versions": {"tilelang": "0.1.15"}})
     (line,) = found(folder, "correct")
     assert (line["verdict"], line["reason"], line["oracle"]) == ("failed", "all zero", "the float64 recurrence")
+    assert line["under"]["versions"] == {"tilelang": "0.1.15", "cuda": "13.0"}
 
 
 def test_kernels_that_are_damaged_are_no_failure_of_the_candidate(folder):
