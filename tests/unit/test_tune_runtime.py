@@ -16,6 +16,7 @@ from kdagen.autotune import select as selection
 from kdagen.autotune.select import Key
 from kdagen.autotune.sweep import Task, Workload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from tuned_tables import H100, H200
 
 import kdagen as kg
@@ -190,6 +191,22 @@ def test_forward_backward_and_compiler_agree(launched, built, monkeypatch):
             o = torch.empty(given[2].shape, dtype=torch.bfloat16, device="cuda")
             op.training._cuda_backward(*given, None, None, kept, o, None)
     assert [s["chunk_size"] for s in built] == [16, 32]
+
+
+def test_torchs_compiler_may_ask_for_any_number_of_tokens(launched, built, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tables(entry({"chunk_size": 16}, "training"), entry({"chunk_size": 32}, "training", bucket=12))
+    op, sizes = fresh(), []
+    for tokens in (2000, 37):
+        real, dynamic = torch.empty(tokens), StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            t = mode.from_tensor(real, symbolic_context=dynamic).shape[0]
+            assert type(t) is torch.SymInt
+            *_, kept = op.training._fake(
+                *(torch.empty(1, t, *x.shape[2:], dtype=x.dtype, device="cuda") for x in fake())
+            )
+            sizes.append(int(kept[0].shape[1]))
+    assert sizes == [2000 // 32 + 1, 37 // 16 + 1]
 
 
 def test_states_are_returned_after_whole_chunks_whatever_was_tuned(launched, built):
