@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ STEPS = ("1x1x32", "4x1x32", "16x1x32", "64x1x32", "256x1x32")  # of decoding: f
 SHAPES = {"inference": PROMPTS, "training": PROMPTS, "decode": STEPS}
 SMALL = ("1x2048x8", "1x256x8")  # for a CPU: calls of some ten milliseconds
 CPU_SHAPES = {"inference": SMALL, "training": SMALL, "decode": ("1x1x32", "8x1x32")}
-UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,3 @@ def devices_for(sweep: Sweep) -> list[str]:
             f"there with `kdagen tune measure`, or say --device"
         )
     return found
-
-
-def seconds(text: str) -> float:
-    """ "90s", "20m", "2h" as seconds."""
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)) or not float(match[1]):
-        raise ArgumentError(f"--budget {text}: expected a time such as 90s, 20m or 2h")
-    return float(match[1]) * UNITS[match[2]]

@@ -16,6 +16,7 @@ from kdagen.autotune.publish import distance
 from kdagen.autotune.sweep import Study, Sweep, canonical
 from kdagen.autotune.timing import Interval, winner
 
+BEFORE = ("lowered", "ptxas", "identical", "correct")  # before a candidate is timed
 DEATHS = 3  # after which a candidate is quarantined
 
 
@@ -89,9 +90,9 @@ class Standing:
     @property
     def there(self) -> str:
         """How far the log has come, in words; "" for an empty one."""
-        words = {"model": "planned", "identical": "compiled", "screen": "screened", "final": "in finals"}
+        words = {"model": "candidates planned", "identical": "compiled", "screen": "screened", "final": "in finals"}
         counts = {word: sum(len(s.lines[rung]) for s in self.studies.values()) for rung, word in words.items()}
-        return ", ".join(f"{n} candidates {word}" for word, n in counts.items() if n)
+        return ", ".join(f"{n} {word}" for word, n in counts.items() if n)
 
 
 class StudyStanding:
@@ -138,6 +139,19 @@ class StudyStanding:
     @property
     def quarantined(self) -> list[str]:
         return sorted(c for c, deaths in self.deaths.items() if deaths >= DEATHS)
+
+    def waits(self, candidate: str) -> bool:
+        """Whether something is yet to be learned of it: neither stopped nor screened; a death may be an accident."""
+        last = [line for rung in BEFORE for line in self.lines[rung].get(candidate, {}).values()]
+        stopped = any(line["verdict"] != "kept" and "death" not in line for line in last)
+        return not (stopped or candidate in self.lines["screen"] or candidate in self.quarantined)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there were finals on each shape, on the machine that measured last."""
+        place = next(reversed(self.places), None)
+        finals = {key for lines in self.lines["final"].values() for key in lines}
+        return all((place, str(workload)) in finals for workload in self.study.workloads)
 
     @property
     def audited(self) -> list[str]:

@@ -13,6 +13,8 @@ from kdagen.autotune.folder import Folder
 from kdagen.autotune.measure import measure
 from kdagen.autotune.plan import plan
 from kdagen.autotune.publish import publish
+from kdagen.autotune.search import todo
+from kdagen.autotune.standing import Standing
 from kdagen.autotune.sweep import CPU
 
 COMPILE_SHARE = 0.6  # of the budget that is left: a candidate compiles for a minute, is measured within seconds
@@ -35,17 +37,22 @@ def tune(
     plan(folder, say)
     compiled = any(study.task.target != CPU for study in folder.sweep.studies)
     while True:
-        before = lines(folder)
+        before = len(list(folder.log))
         if compiled:
             compilers(folder, jobs, share(deadline), say)
         measure(folder, devices, deadline, say, workers and workers())
-        if lines(folder) == before or (deadline is not None and time.monotonic() >= deadline):
+        lines = list(folder.log)
+        spent = deadline is not None and time.monotonic() >= deadline
+        if spent or len(lines) == before or done(folder, lines):
             return publish(folder, into)
 
 
-def lines(folder: Folder) -> int:
-    """How much is there."""
-    return sum(1 for _ in folder.log)
+def done(folder: Folder, lines: list[dict]) -> bool:
+    """Whether there is nothing that another round could add."""
+    studies = Standing(folder.sweep, lines).studies.values()
+    return all(
+        study.finished and not any(study.waits(c.id) for c in todo(folder, study.study, lines)) for study in studies
+    )
 
 
 def share(deadline: float | None) -> float | None:

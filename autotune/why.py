@@ -12,28 +12,33 @@ from kdagen.autotune.folder import Folder
 from kdagen.autotune.progress import digits
 from kdagen.autotune.standing import Place, Standing, StudyStanding, Timed
 
+KINDS = 4  # of reasons that a line has room for
+
 
 def why(folder: Folder) -> str:
     """What the folder's log says, in words."""
-    standing = Standing(folder.sweep, folder.log)
-    parts = [_study(name, study) for name, study in standing.studies.items()]
+    lines = list(folder.log)
+    standing = Standing(folder.sweep, lines)
+    parts = [_study(folder, name, study, lines) for name, study in standing.studies.items()]
     return "\n".join(line for part in parts for line in [*part, ""])
 
 
-def _study(name: str, study: StudyStanding) -> Iterator[str]:
+def _study(folder: Folder, name: str, study: StudyStanding, lines: list[dict]) -> Iterator[str]:
     task = study.study.task
     dims = f"K = {task.head_dim[0]}, V = {task.head_dim[1]}"
     states = f"states {task.state.layout} {task.state.dtype}"
     yield name
     yield f"  {task.op} for {task.purpose} on {task.device}, {dims}, {task.dtype}, {states}"
     if not study.places:
-        yield from ["", f"  not measured yet; next: {_next(study)}"]
+        yield from ["", f"  not measured yet; next: {_next(study)}", *_picks(study)]
     for place in study.places:
         yield from ["", f"  measured on {place}; {versions(place)}"]
         for workload in map(str, study.study.workloads):
             yield f"    {workload}"
             yield from (f"      {label:<11}{text}" for label, text in shape(study, place, workload))
     yield from ["", "  funnel", *(f"    {line}" for line in funnel(study))]
+    if left := waiting(folder, study, lines):
+        yield f"    {left} that the search wants wait for the next stage"
     if failed := failures(study):
         yield from ["", "  failures"]
     for rung, candidate, schedule, what in failed:
@@ -45,6 +50,22 @@ def _next(study: StudyStanding) -> str:
         return "`kdagen tune plan`"
     ready = study.lines["identical"] or study.study.task.target == "cpu"
     return "`kdagen tune measure`" if ready else "`kdagen tune compile`"
+
+
+def _picks(study: StudyStanding) -> Iterator[str]:
+    """What the model expects."""
+    for workload in map(str, study.study.workloads):
+        if pick := study.pick(workload):
+            ms, default = (study.model(c)["predicted_ms"][workload] for c in (pick, study.default or pick))
+            words = f"{digits(ms)} ms predicted by {study.difference(pick)} ({study.model(pick)['limiter'][workload]})"
+            yield f"    {workload}: {words}, {digits(default)} by the default"
+
+
+def waiting(folder: Folder, study: StudyStanding, lines: list[dict]) -> int:
+    """How many candidates wait of those that the search wants as of now."""
+    from kdagen.autotune.search import todo
+
+    return sum(study.waits(candidate.id) for candidate in todo(folder, study.study, lines))
 
 
 def shape(study: StudyStanding, place: Place, workload: str) -> Iterator[tuple[str, str]]:
@@ -93,9 +114,10 @@ def funnel(study: StudyStanding) -> list[str]:
     lines = [f"{'rung':<10}{'came':>6}{'kept':>6}{'rejected':>10}{'failed':>8}"]
     for step in study.funnel():
         counts = step.verdicts.get("kept", 0), step.verdicts.get("rejected", 0), step.verdicts.get("failed", 0)
-        reasons = "; ".join(f"{n}: {reason}" for n, reason in step.reasons)
+        reasons = [f"{n}: {reason}" for n, reason in step.reasons]
+        reasons[KINDS:] = ["..."] if reasons[KINDS:] else []
         figures = f"{step.rung:<10}{step.reached:>6}{counts[0]:>6}{counts[1]:>10}{counts[2]:>8}"
-        lines.append(f"{figures}  {reasons}".rstrip())
+        lines.append(f"{figures}  {'; '.join(reasons)}".rstrip())
     return lines
 
 

@@ -143,13 +143,12 @@ def _going_on(path: Path):
 
 
 @contextmanager
-def _saying(folder, budget: str | None = None):
+def _saying(folder, budget: float | None = None):
     """Progress; Ctrl-C ends it with a word on how to go on."""
     from kdagen.autotune import progress
-    from kdagen.autotune.asked import seconds
     from kdagen.autotune.standing import Standing
 
-    deadline = time.monotonic() + seconds(budget) if budget else None
+    deadline = time.monotonic() + budget if budget else None
     try:
         with progress.show(Standing(folder.sweep, folder.log), deadline) as say:
             yield say

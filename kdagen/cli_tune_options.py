@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from functools import reduce
 from pathlib import Path
 
 import click
 
 from kdagen.cli_build import choices, pair
+from kdagen.errors import ArgumentError
 from kdagen.purposes import PURPOSES
 from kdagen.state import DTYPES as STATE_DTYPES
 from kdagen.state import LAYOUTS, StateType
 
 # Those of kdagen.autotune.gpus; a help text imports nothing.
 GPUS = ("H100", "H200", "A100", "B200", "RTX 4090", "RTX 5090", "MI300X")
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds(text: str) -> float:
+    """ "90s", "20m", "2h" as seconds."""
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)) or not float(match[1]):
+        raise ArgumentError(f"--budget {text}: expected a time such as 90s, 20m or 2h")
+    return float(match[1]) * UNITS[match[2]]
+
 
 FOLDER = click.option(
     "--dir",
@@ -31,7 +43,10 @@ DEVICE = click.option(
     help="cuda:0, cpu, or replay:LOG.jsonl (a recording); repeatable.  [default: all GPUs here]",
 )
 BUDGET = click.option(
-    "--budget", metavar="TIME", help="Stop after this long: 90s, 20m, 2h.  [default: when all is done]"
+    "--budget",
+    metavar="TIME",
+    callback=lambda ctx, option, text: text and seconds(text),
+    help="Stop after this long: 90s, 20m, 2h.  [default: when all is done]",
 )
 JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at once.  [default: number of cores]")
 RAY = click.option(

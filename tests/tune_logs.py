@@ -4,6 +4,7 @@ import itertools
 import json
 
 from kdagen.autotune.folder import Folder
+from kdagen.autotune.log import Log
 from kdagen.autotune.sweep import Candidate, Policy, Study, Sweep, Task, Workload, short_hash
 
 from kdagen.schedule import DecodeSchedule, Schedule
@@ -152,3 +153,19 @@ def _check(folder, candidate) -> None:
 
 def _timed(folder, candidate, rung, workload, verdict, reason, **figures) -> None:
     _line(folder, candidate, rung, verdict, reason, under=under(candidate, workload), workload=workload, **figures)
+
+
+def recording(folder: Folder, path):
+    """A log of its own for the replay device: made-up times of all that the plan kept; one candidate is wrong."""
+    log, kept = Log(path), [line for line in folder.log if (line["rung"], line["verdict"]) == ("model", "kept")]
+    study = folder.sweep.studies[0]
+    for i, line in enumerate(kept):
+        candidate, name = Candidate.of(study.task, line["schedule"]), study.task.name
+        where = under(candidate)
+        wrong = {"verdict": "failed", "reason": "output is off"} if i == 2 else {"verdict": "kept"}
+        log.append(name, candidate.id, "correct", **wrong, under=where, errors={"output": [0.003, 0.005]})
+        for workload in study.workloads:
+            ms = 0.15 + 0.01 * ((7 * i) % 5) - 0.05 * (i == 4)
+            figures = {"ms": ms, "calls": 5, "stopped": False, "under": where, "workload": str(workload)}
+            log.append(name, candidate.id, "screen", "kept", **figures)
+    return path
