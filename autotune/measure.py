@@ -19,7 +19,7 @@ from functools import partial
 from kdagen.autotune.bench import Bench, Limits, Session, in_threads
 from kdagen.autotune.finals import run_finals
 from kdagen.autotune.folder import Folder
-from kdagen.autotune.measured import Measured
+from kdagen.autotune.measured import Measured, relative
 from kdagen.autotune.pool import Worker, WorkerDied
 from kdagen.autotune.sweep import Candidate, Study, Workload
 from kdagen.autotune.timing import SLOWER
@@ -167,7 +167,7 @@ class _Screening:
     def _screen(self, bench: Bench, name: str, workload: Workload) -> bool:
         """Whether it lived, and so is timed on other shapes too, however slow it is on this one."""
         scale, is_default = self._default_ms(bench, workload) or 1.0, name == self.known.default
-        best = min((line["relative"] for line in self.session.screened(workload)), default=None)
+        best = min((relative(line) for line in self.session.screened(workload)), default=None)
         best_ms = None if best is None or is_default else best * scale
         request = {"do": "screen", "workload": str(workload), "policy": self.policy, "best_ms": best_ms}
         reply = self._ask(bench, name, "screen", request, workload, 10 * scale / 1000)

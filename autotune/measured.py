@@ -126,10 +126,15 @@ class Measured:
         ids = {candidate for candidate, rung, shape in self._measured if (rung, shape) == ("screen", str(workload))}
         lines = [self.found(candidate, "screen", workload) for candidate in ids if not self.quarantined(candidate)]
         kept = [line for line in lines if line and line["verdict"] == "kept"]
-        return sorted(kept, key=lambda line: (line["relative"], line["candidate"]))
+        return sorted(kept, key=lambda line: (relative(line), line["candidate"]))
 
     def race(self, workload: Workload, contenders: list[str]) -> list[dict]:
         """The lines of the last finals that were run among these, whole; [] if there were none."""
         lines = [self.found(candidate, "final", workload) for candidate in contenders]
-        same = {(line["race"], line["among"]) for line in lines if line and line["verdict"] == "kept"}
-        return lines if all(lines) and same == {(lines[0].get("race"), len(contenders))} else []
+        runs = {(line.get("race"), line.get("among")) for line in lines if line}
+        return lines if len(runs) == 1 and all(lines) and runs.pop()[1] == len(contenders) else []
+
+
+def relative(line: dict) -> float:
+    """A screened time over the default's on the same device, or where there is none the time itself."""
+    return line.get("relative", line["ms"])
