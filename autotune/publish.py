@@ -54,7 +54,8 @@ def winners(study: Study, lines: Iterable[dict]) -> list[Entry]:
     mine = [line for line in lines if line.get("task") == study.task.name]
     models = {line["candidate"]: line for line in mine if line["rung"] == "model" and "schedule" in line}
     default = next((name for name, line in models.items() if line.get("default")), None)
-    broken = any(line["candidate"] == default and line["verdict"] == "failed" for line in mine)
+    raced = any((x["candidate"], x["rung"], x["verdict"]) == (default, "final", "kept") for x in mine)
+    broken = not raced and any(x["candidate"] == default and x["verdict"] == "failed" for x in mine)
     races: dict[Race, list[dict]] = {}
     for line in mine:
         if line["rung"] == "final" and line["candidate"] in models:

@@ -142,6 +142,12 @@ def test_a_default_that_is_broken_loses(folder):
     assert (entry.schedule, entry.facts["default_ms"], entry.facts["gain"]) == (FAST.schedule.fields(), None, None)
 
 
+def test_a_default_that_died_once_still_counts_where_it_came_to_the_finals(folder):
+    folder.log.append(TASK.name, DEFAULT.id, "correct", "failed", "hang: no answer within 300 s", death="hang")
+    race(folder, ONE, {DEFAULT: 1.0, FAST: 2.0})
+    assert published(folder)[11].schedule == DEFAULT.schedule.fields()
+
+
 def test_what_was_measured_without_finals_is_not_published(folder):
     under = {**MACHINE, "policy": "device cold", "kernels": "k", "bucket": 11}
     for candidate, ms in ((DEFAULT, 2.0), (FAST, 1.0)):
