@@ -277,6 +277,30 @@ def test_a_compiled_candidate_is_sent_with_its_manifest(folder):
     assert line["under"]["versions"] == {"tilelang": "0.1.15", "cuda": "13.0"}
 
 
+@pytest.mark.parametrize("again", ["", "from 1 ms to 2 ms"])
+def test_finals_in_which_the_default_drifts_are_repeated_once(folder, again):
+    folder.candidates.mkdir()
+    (folder.candidates / f"{DEFAULT.id}.json").write_text("{}")
+    right, timed = {"ok": True, "reason": "", "errors": {}}, {"ms": 1.0, "calls": 5, "stopped": False}
+    races = [
+        {"intervals": {DEFAULT.id: [ms, ms, ms, 9]}, "drift": drift, "state": {}}
+        for ms, drift in ((1.5, "from 1 ms to 3 ms"), (1.0, again))
+    ]
+    run(folder, workers=[Gpu("sm90", right, timed, *races)])
+    (line,) = found(folder, "final")
+    assert (line["median"], line["repeated"], line.get("unsteady", "")) == (1.0, "from 1 ms to 3 ms", again)
+
+
+def test_finals_that_break_outside_of_candidates_are_given_up(folder):
+    folder.candidates.mkdir()
+    (folder.candidates / f"{DEFAULT.id}.json").write_text("{}")
+    right, timed = {"ok": True, "reason": "", "errors": {}}, {"ms": 1.0, "calls": 5, "stopped": False}
+    broken = {"error": "error", "reason": "no nvidia-smi", "running": None}
+    notes = run(folder, workers=[Gpu("sm90", right, timed, *[broken] * 3)]).notes
+    assert notes[1:4] == ["cuda:0: finals of 64x1x32 broke outside of any candidate: no nvidia-smi"] * 3
+    assert notes[4:] == [f"finals of {TASK.name} 64x1x32 are given up"] and not found(folder, "final")
+
+
 def test_kernels_that_are_damaged_are_no_failure_of_the_candidate(folder):
     folder.candidates.mkdir()
     (folder.candidates / f"{DEFAULT.id}.json").write_text("{}")

@@ -12,6 +12,7 @@ from kdagen.autotune.worker import contender_fields
 from recordings import BEST, CLOSE, DEFAULT, SHAPE, faulty, recording
 
 from kdagen import debug
+from kdagen.errors import LaunchError
 
 
 @pytest.fixture
@@ -114,6 +115,17 @@ def test_an_exit_status_and_last_words_are_told(start, monkeypatch):
         monkeypatch.setattr(worker.process, "stdin", nowhere)
         worker.ask(check(BEST), 5)
     assert death.value.reason == "the worker ended with exit status 0 (terminate called)"
+
+
+def test_with_debug_the_words_of_a_worker_are_shown(tmp_path, monkeypatch, capfd):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho 'what it says' >&2; exit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(pool.sys, "executable", str(script))
+    monkeypatch.setenv("KDAGEN_DEBUG", "1")
+    with pytest.raises(LaunchError, match="ended with exit status 3: try"):
+        Worker("cpu").ask({"do": "facts"}, 5)
+    assert capfd.readouterr().err == "what it says\n"
 
 
 def test_a_worker_that_was_killed_between_requests_is_started_again(start):
