@@ -25,10 +25,12 @@ from kdagen.autotune.tiles import Tile, lowering
 from kdagen.ir.tile import BYTES, Kernel
 from kdagen.ir.tile_cost import chunk_flops
 from kdagen.schedule import Choices
+from kdagen.target import target
 
 LAUNCH = 2e-6  # seconds from the end of a kernel to the start of the next, and the ramp of its first blocks
 BLOCKS = 32  # of a processor at a time, at most
 RESERVED = 1024  # bytes of shared memory that a block takes beside its own
+PRODUCER = 128  # threads that fetch, beside those that do products
 SPARE = 40  # registers of a thread beside its fragments: addresses, indices
 GAIN = 1.15  # what a schedule must be predicted to gain before it takes the default's place
 ALL = 300  # candidates up to which the model looks at each; of more, at those that a descent comes to
@@ -180,11 +182,17 @@ def _resident(tile: Tile, gpu: Gpu) -> int:
         registers = tile.kernel.threads * min(tile.registers + SPARE, 255)
     by = (
         gpu.shared // (tile.shared_bytes + RESERVED),
-        gpu.threads // tile.threads,
+        gpu.threads // threads_of(tile, gpu),
         gpu.registers // registers,
         BLOCKS,
     )
     return max(1, min(by))
+
+
+def threads_of(tile: Tile, gpu: Gpu) -> int:
+    """Threads of a block, a warp group included that fetches ahead of those of a scan."""
+    fetches = tile.kernel.skeleton.startswith("scan") and target(gpu.target).bulk_copies
+    return tile.kernel.threads + PRODUCER * fetches
 
 
 def _iterations(kernel: Kernel, workload: Workload) -> list[int]:

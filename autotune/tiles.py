@@ -28,7 +28,6 @@ from kdagen.recurrence import load
 from kdagen.schedule import Choices
 from kdagen.target import target as find_target
 
-PRODUCER = 128  # threads that fetch, in a kernel whose warps have roles
 DEFAULTS = {
     "inference": default_schedule,
     "training": default_training_schedule,
@@ -53,11 +52,6 @@ class Tile:
     @cached_property
     def specialised(self) -> bool:
         return self.kernel.skeleton == SPECIALISED
-
-    @cached_property
-    def threads(self) -> int:
-        """Threads of a block, those that fetch included."""
-        return self.kernel.threads + PRODUCER * self.specialised
 
     @cached_property
     def shared_bytes(self) -> int:

@@ -6,7 +6,7 @@ import math
 import pytest
 from kdagen.autotune import gpus, model
 from kdagen.autotune.cycles import LEAST, USUAL, cycles
-from kdagen.autotune.model import GAIN, LAUNCH, differences, pick, predict, predicted
+from kdagen.autotune.model import GAIN, LAUNCH, differences, pick, predict, predicted, threads_of
 from kdagen.autotune.space import space_of
 from kdagen.autotune.sweep import Task, Workload
 from kdagen.autotune.tiles import lowering
@@ -130,6 +130,12 @@ def test_tiles_of_v_share_what_they_fetch_alike():
 def test_more_stages_never_take_longer_and_one_waits_for_memory():
     by_stages = [predicted(KDA, lowering(KDA).complete(stages=n), shape("1x8192x8")).ms for n in (1, 2, 3, 4)]
     assert by_stages == sorted(by_stages, reverse=True) and by_stages[0] > by_stages[1]
+
+
+def test_scans_have_threads_that_fetch_where_there_is_tma():
+    scan, prepare = default_tiles()["scan"], default_tiles()["prepare"]
+    assert [threads_of(t, H100) for t in (scan, prepare)] == [256 + 128, 64]
+    assert threads_of(scan, gpus.GPUS["A100"]) == 256
 
 
 def test_workspaces_that_stay_in_the_cache_are_not_memorys():
