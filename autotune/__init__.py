@@ -8,6 +8,8 @@ compile, climb         machine code, and what can be told of it without a GPU; w
 measure, finals        candidates on devices: right first, then timed, then in turn with the best and the default
 bench, pool, worker    a process a device, asked by a thread; what was measured already (measured)
 devices, check, timing what a worker does on a GPU, on the CPU, or on a recording
+cases, expected        what is checked, what the oracle makes of it; in memory with guards (guarded)
+launches               built kernels as calls, for devices and for benchmarks
 distribute             compiling and measuring over a Ray cluster
 publish, tables, select  winners as tables, and the choice among them for a call, which never measures
 choose, variants       the same with the compiler at hand: the model where no table speaks; what a build compiles
