@@ -9,7 +9,8 @@ from kdagen.runtime.tuned import this_cpu
 from kdagen.schedule import CPU_ROWS, CpuSchedule
 
 THREADS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # 0: all
-# Values of "span". A backward keeps three times as many values as a forward, so its scratch is widened less.
+# Values of "span". On 2048 tokens of 8 heads of 128 a forward takes 28, 47, 85 MiB by them, a forward and backward 180,
+# 299 and 523.
 SPANS = {"inference": (1, 2, 4), "training": (1, 2)}
 
 
