@@ -53,8 +53,9 @@ class _Counting(Silent):
 
     def __call__(self, line: dict) -> None:
         self.standing.add(line)
-        self.done += ends(line, self.name)
-        self.verdicts[line["verdict"]] += 1
+        step = ends(line, self.name)
+        self.done += step
+        self.verdicts[line["verdict"]] += step
         self.failures[line.get("death") or KINDS.get(line["rung"], "not timed")] += line["verdict"] == "failed"
 
     def stage(self, name: str, total: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from kdagen.autotune import plots
 from kdagen.autotune.folder import Folder
 from kdagen.autotune.standing import Place, Standing, StudyStanding
-from kdagen.autotune.why import conditions, failures, funnel, shape
+from kdagen.autotune.why import conditions, expected, failures, funnel, shape
 
 PAGE = "report.html"
 
@@ -36,6 +36,7 @@ def report(folder: Folder) -> Path:
 def _study(study: StudyStanding) -> dict:
     steps = study.funnel()
     return {
+        "expected": list(expected(study)),
         "funnel": funnel(study),
         "plot": _image(plots.drawn(plots.funnel, steps)) if steps else None,
         "places": [_place(study, place) for place in study.places],

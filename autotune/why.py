@@ -30,7 +30,11 @@ def _study(folder: Folder, name: str, study: StudyStanding, lines: list[dict]) -
     yield name
     yield f"  {task.op} for {task.purpose} on {task.device}, {dims}, {task.dtype}, {states}"
     if not study.places:
-        yield from ["", f"  not measured yet; next: {_next(study)}", *_picks(study)]
+        yield from [
+            "",
+            f"  not measured yet; next: {_next(study)}",
+            *(f"    {w}: {words}" for w, words in expected(study)),
+        ]
     for place in study.places:
         yield from ["", f"  measured on {place}; {versions(place)}"]
         for workload in map(str, study.study.workloads):
@@ -52,13 +56,14 @@ def _next(study: StudyStanding) -> str:
     return "`kdagen tune measure`" if ready else "`kdagen tune compile`"
 
 
-def _picks(study: StudyStanding) -> Iterator[str]:
-    """What the model expects."""
+def expected(study: StudyStanding) -> Iterator[tuple[str, str]]:
+    """Of each shape what the model expects."""
     for workload in map(str, study.study.workloads):
         if pick := study.pick(workload):
-            ms, default = (study.model(c)["predicted_ms"][workload] for c in (pick, study.default or pick))
-            words = f"{digits(ms)} ms predicted by {study.difference(pick)} ({study.model(pick)['limiter'][workload]})"
-            yield f"    {workload}: {words}, {digits(default)} by the default"
+            line, default = study.model(pick), study.model(study.default).get("predicted_ms", {}).get(workload)
+            beside = f", {digits(default)} for the default" if default and pick != study.default else ""
+            words = f"{digits(line['predicted_ms'][workload])} ms predicted for {study.difference(pick)}"
+            yield workload, f"{words} ({line['limiter'][workload]}){beside}"
 
 
 def waiting(folder: Folder, study: StudyStanding, lines: list[dict]) -> int:
