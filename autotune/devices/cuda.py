@@ -62,7 +62,7 @@ class Device:
         self._loaded: dict[str, LoadedOp] = {}
 
     def facts(self) -> dict:
-        """Its own name, multiprocessors, and the versions of all that runs here."""
+        """Its own name, multiprocessors and cache, and the versions of all that runs here."""
         import torch
 
         found = self.properties
@@ -72,6 +72,7 @@ class Device:
         return {
             "device": found.name,
             "processors": found.multi_processor_count,
+            "l2_bytes": found.L2_cache_size,
             "versions": {name: version for name, version in versions.items() if version},
             "target": target_of(f"{found.major}.{found.minor}"),
         }
@@ -185,7 +186,7 @@ class Device:
         self._free()
         if needed > (free := self._room()):
             raise torch.OutOfMemoryError(
-                f"{workload}: {needed / 1e9:.1f} GB are needed beside the inputs, {free / 1e9:.1f} GB are free"
+                f"{workload}: {needed / 1e9:.1f} GB more are needed, {free / 1e9:.1f} GB are free"
             )
 
     def _room(self) -> int:

@@ -49,6 +49,7 @@ def contender(tmp_path_factory):
 def test_facts_and_state(gpu):
     facts = gpu.facts()
     assert facts["device"] == "NVIDIA H100 80GB HBM3" and facts["processors"] == 132 and facts["target"] == "sm90"
+    assert facts["l2_bytes"] == 1 << 20
     assert facts["versions"]["driver"] == "580.65" and facts["versions"]["torch"] == torch.__version__
     assert {"apache-tvm-ffi"} < facts["versions"].keys()
     assert gpu.state() == {
@@ -216,5 +217,5 @@ def by_kernels(monkeypatch) -> None:
 
 def test_a_shape_that_does_not_fit(gpu, contender, launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 40))
-    with pytest.raises(torch.OutOfMemoryError, match="1x8192x64: .* GB are needed .*, 0.0 GB are free"):
+    with pytest.raises(torch.OutOfMemoryError, match="1x8192x64: .* GB more are needed, 0.0 GB are free"):
         sampled(gpu, contender, "1x8192x64", "device cold")
