@@ -34,7 +34,8 @@ from recordings import (
 )
 
 ALWAYS = range(1, 100)
-QUICK = Limits(hang_s=5, patience_s=1.0, final_s=0.05)
+QUICK = Limits(hang_s=30, patience_s=10, final_s=0.05)
+HASTY = Limits(hang_s=30, patience_s=1, final_s=0.05)
 
 
 class Notes(Silent):
@@ -139,7 +140,8 @@ def test_what_was_measured_under_something_else_is_measured_again(tmp_path, fold
     ],
 )
 def test_a_death_is_recorded_and_the_sweep_goes_on(tmp_path, folder, device, death, reason):
-    say = run(folder, faulty(device, tmp_path / "faults", (death, "check", BEST, [1])))
+    spec = faulty(device, tmp_path / "faults", (death, "check", BEST, [1]))
+    say = run(folder, spec, limits=HASTY if death == "hang" else QUICK)
     first, second = found(folder, "correct", BEST)
     assert (first["verdict"], first["death"], first["reason"]) == ("failed", death, f"{death}: {reason}")
     assert second["verdict"] == "kept" and found(folder, "final", BEST)
