@@ -63,10 +63,14 @@ class Device:
         }  # fmt: skip
 
     def state(self) -> dict:
-        """What else runs is part of the load, and so is this process."""
+        """More load than there are cores is a reason for being slow: some of it is other work, and shares them."""
         clocks = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text("/proc/cpuinfo"), re.M)
-        load = {"load": round(os.getloadavg()[0], 2)} if hasattr(os, "getloadavg") else {}
-        return {**({"clocks": {"cpu": round(max(map(float, clocks)))}} if clocks else {}), **load}
+        found = {"clocks": {"cpu": round(max(map(float, clocks)))}} if clocks else {}
+        if hasattr(os, "getloadavg"):
+            load, cores = os.getloadavg()[0], os.cpu_count() or 1
+            others = [f"a load of {load:.0f} on {cores} cores"] if load > cores + 1 else []
+            found |= {"load": round(load, 2), "throttling": others}
+        return found
 
     def check(self, candidate: Candidate, compiled: Compiled | None = None) -> dict:
         """By kdagen.autotune.check, on what it is given."""

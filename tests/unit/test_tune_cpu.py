@@ -81,9 +81,17 @@ def test_the_hash_of_kernels_is_that_of_their_text(device, monkeypatch):
 
 
 def test_what_the_kernel_does_not_tell_is_left_out(device, monkeypatch):
-    assert json.loads(json.dumps(device.state())) and set(device.state()) <= {"clocks", "load"}
+    assert json.loads(json.dumps(device.state())) and set(device.state()) <= {"clocks", "load", "throttling"}
     monkeypatch.setattr(cpu, "_text", lambda path: "")
-    assert set(device.state()) <= {"load"} and cpu.cache_bytes() == cpu.CACHE_BYTES
+    assert set(device.state()) <= {"load", "throttling"} and cpu.cache_bytes() == cpu.CACHE_BYTES
+
+
+def test_work_of_others_is_a_reason_for_being_slow(device, monkeypatch):
+    monkeypatch.setattr(cpu.os, "cpu_count", lambda: 4)
+    for load, reasons in ((4.9, []), (5.5, ["a load of 6 on 4 cores"])):
+        monkeypatch.setattr(cpu.os, "getloadavg", lambda: (load, 0.0, 0.0))  # noqa: B023
+        state = device.state()
+        assert (state["load"], state["throttling"]) == (load, reasons)
 
 
 # -- right before fast
