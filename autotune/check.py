@@ -53,7 +53,7 @@ def _dtypes(plan: dict | None) -> tuple:
     return tuple((spec["name"], spec["dtype"]) for spec in specs if spec["role"] == "argument")
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def cases(task: Task, canonical: str, dtypes: tuple) -> tuple[list[tuple[Case, dict]], Oracle]:
     """All cases of a task with what is expected, the quickest first, and by which oracle; the last tasks' are kept."""
     source = oracle(task, json.loads(canonical) if canonical else None)
