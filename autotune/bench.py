@@ -111,7 +111,7 @@ class Session:
             self.known.unreadable.add(candidate)
             self.say.note(f"candidate {candidate} is left out: {reply['reason']}")
         else:
-            self.record(bench, candidate, rung, "failed", reply["reason"], workload)
+            self.record(bench, candidate, rung, "failed", reply["reason"] or reply["error"], workload)
 
     def settled(self, *what, **on) -> dict | None:
         """Measured.found, amid threads."""
