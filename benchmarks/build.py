@@ -66,7 +66,7 @@ def kdagen() -> str:
 
 def build(arch: str, op: str, colds: int, warms: int) -> dict:
     """Cold and warm builds in folders of their own, and the manifest of what was built."""
-    command = [kdagen(), "build", "--arch", arch, "--op", op, "--out"]
+    command = [kdagen(), "build", "--untuned", "--arch", arch, "--op", op, "--out"]
     with tempfile.TemporaryDirectory() as place:
         cold = {}
         for which, more in (("cold_decode_s", ["--only", "decode"]), ("cold_s", [])):

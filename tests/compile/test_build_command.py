@@ -47,7 +47,7 @@ def folder(workplace, purpose: str = ""):
 
 @pytest.fixture(scope="module")
 def said(workplace) -> str:
-    return build("--op", "kda")
+    return build("--op", "kda", "--untuned")
 
 
 @pytest.fixture(scope="module")
