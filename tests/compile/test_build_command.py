@@ -160,7 +160,7 @@ def test_kda_is_launched_on_batches_and_ragged_ones(kda, training, decode, workp
 
 
 def test_a_second_run_compiles_nothing(kda, training, decode, workplace):
-    output = build("--op", "kda")
+    output = build("--op", "kda", "--untuned")
     assert output.count("cached") == sum(len(found["kernels"]) for found in (kda, training, decode))
     assert manifest.read(folder(workplace)) == kda and manifest.read(folder(workplace, "-training")) == training
 
