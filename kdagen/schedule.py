@@ -98,7 +98,11 @@ CPU_ROWS = (16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class CpuSchedule(Choices):
-    """How the CPU backend runs an op; decoding, which has no chunks, takes only `threads`."""
+    """How the CPU backend runs an op; decoding, which has no chunks, takes only `threads`.
+
+    Another `rows` adds up in another order, and so gives results that agree to rounding but not to the bit; another
+    `span` does so for gradients of parameters alone.
+    """
 
     rows: int = 64  # of a chunk's solve, tokens times streams that read the state: one of CPU_ROWS
     span: int = 1  # times as many tokens are prepared at once as commonly: fewer, larger ops, and as much more scratch
