@@ -159,11 +159,13 @@ class Live(_Counting):
         """What is shown now."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
 
         with self.lock:
             failed = ", ".join(f"{n} {kind}" for kind, n in sorted(self.failures.items()) if n)
-            bar = ProgressBar(total=max(1, self.total), completed=self.done, width=40)
-            return Group(self._table(), bar, self.counts, f"failed: {failed}" if failed else "")
+            stage = Table.grid(padding=(0, 1))
+            stage.add_row(ProgressBar(total=max(1, self.total), completed=self.done, width=40), self.counts)
+            return Group(self._table(), stage, f"failed: {failed}" if failed else "")
 
     def _table(self):
         from rich.table import Table

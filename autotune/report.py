@@ -9,7 +9,7 @@ from pathlib import Path
 from kdagen.autotune import plots
 from kdagen.autotune.folder import Folder
 from kdagen.autotune.standing import Place, Standing, StudyStanding
-from kdagen.autotune.why import conditions, expected, failures, funnel, shape
+from kdagen.autotune.why import conditions, expected, failures, funnel, picks, shape
 
 PAGE = "report.html"
 
@@ -46,7 +46,8 @@ def _study(study: StudyStanding) -> dict:
 
 def _place(study: StudyStanding, place: Place) -> dict:
     shapes = [(w, list(shape(study, place, w)), list(_plots(study, place, w))) for w in map(str, study.study.workloads)]
-    return {"name": str(place), "conditions": conditions(study, place), "shapes": shapes}
+    about = {"name": str(place), "conditions": conditions(study, place), "picks": picks(study, place)}
+    return about | {"shapes": shapes}
 
 
 def _plots(study: StudyStanding, place: Place, workload: str) -> Iterator[tuple[str, str]]:

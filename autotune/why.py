@@ -12,6 +12,7 @@ from kdagen.autotune.folder import Folder
 from kdagen.autotune.progress import digits
 from kdagen.autotune.standing import Place, Standing, StudyStanding, Timed
 
+CLOSE = 1.3  # times the best that was measured: what a pick of the model should be within
 KINDS = 4  # of reasons that a line has room for
 
 
@@ -40,6 +41,7 @@ def _study(folder: Folder, name: str, study: StudyStanding, lines: list[dict]) -
         for workload in map(str, study.study.workloads):
             yield f"    {workload}"
             yield from (f"      {label:<11}{text}" for label, text in shape(study, place, workload))
+        yield from (f"    {line}" for line in [picks(study, place)] if line)
     yield from ["", "  funnel", *(f"    {line}" for line in funnel(study))]
     if left := waiting(folder, study, lines):
         yield f"    {left} that the search wants wait for the next stage"
@@ -106,6 +108,18 @@ def _model(study: StudyStanding, place: Place, workload: str, best: Timed) -> It
         trust = "do not trust it here" if faster else "it may be trusted here"
         timed = f"{len(tried)} of the model's rejects timed, {len(faster)} faster than all that it kept"
         yield "audit", f"{timed}: {trust}"
+
+
+def picks(study: StudyStanding, place: Place) -> str:
+    """How good the model's own choices are, in one sentence; "" where none was timed."""
+    ratios = [r for w in study.study.workloads if (r := study.pick_ratio(place, str(w)))]
+    if not ratios:
+        return ""
+    close = sum(r <= CLOSE for r in ratios)
+    return (
+        f"the model's untuned picks are within {CLOSE}x of the best measured on {close} of {len(ratios)} shapes, "
+        f"{max(ratios):.2f}x at worst"
+    )
 
 
 def _fate(study: StudyStanding, candidate: str) -> str:

@@ -97,6 +97,9 @@ def test_it_says_what_why_says(folder, page):
         if re.match(r" {6}\S", line) or "quarantined" in line:
             assert all(part in page.text for part in words.split(":")[0].split("  ")), line
     assert "A made-up GPU (132 processors), graph cold" in page.text
+    assert (
+        "The model's untuned picks are within 1.3x of the best measured on 2 of 2 shapes, 1.00x at worst." in page.text
+    )
     assert "quarantined after 3 deaths" in page.text and "output is 0.31 from the recurrence" in page.text
     assert page.tables == 1
 
