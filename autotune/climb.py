@@ -42,7 +42,7 @@ class Past:
             self.defaults[line["task"]] = line["candidate"]
         if "death" in line:
             self.deaths.update([line["candidate"], line.get("key", "")])
-        elif "key" in line:
+        if "key" in line and ("death" not in line or self.deaths[line["key"]] >= DEATHS):
             self.faults[line["key"]] = line
         if line["rung"] in RUNGS:
             self.last[line["candidate"], line["rung"]] = line
@@ -175,15 +175,15 @@ class Course:
             return bool(load(self.folder, candidate))
         return False
 
-    def settle(self, last: bool = False) -> None:
-        """Says of each candidate what can be said by now; `last`: no more kernels will come.
+    def settle(self) -> None:
+        """Says of each candidate what can be said by now.
 
         Of candidates whose machine code is the same the first wins, so that each waits for those before it.
         """
         first = True
         for climb in self.climbs:
             if not climb.ended:
-                self._settle(climb, first or last)
+                self._settle(climb, first)
                 first = first and climb.ended
 
     def _settle(self, climb: Climb, first: bool) -> None:

@@ -63,7 +63,6 @@ def compile_candidates(
         with contextlib.closing(events):
             for event in events:
                 ascent.hear(event)
-        ascent.settle(last=True)
         if left := sum(not climb.ended for climb in ascent.climbs):
             say.note(f"{left} of {len(ascent.climbs)} candidates are left for another `kdagen tune compile`")
 
@@ -129,13 +128,10 @@ class Ascent:
             kernel.finish(self.cache.entries / event.key)
         elif event.stage == "failed":
             owner, line = kernel.owner, kernel.fail(event.error)
-            if "death" in line and not owner.ended:
+            if not owner.ended:
                 owner.fail(kernel, line)
-        self.settle()
-
-    def settle(self, last: bool = False) -> None:
         for course in self.courses:
-            course.settle(last)
+            course.settle()
 
 
 @once

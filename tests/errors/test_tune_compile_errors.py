@@ -141,10 +141,20 @@ def test_a_kernel_that_takes_too_long(monkeypatch, tmp_path):
     ],
 )
 def test_a_worker_that_dies_amid_a_kernel_is_replaced(monkeypatch, tmp_path, end, death, message):
-    worker_that(monkeypatch, tmp_path, f"""read job; echo '{{"stage": "nvcc"}}'; {end}""")
+    worker_that(monkeypatch, tmp_path, f"""echo >> {tmp_path}/starts; read job; echo '{{"stage": "nvcc"}}'; {end}""")
     found = outcomes(tmp_path, jobs=3)
+    assert (tmp_path / "starts").read_text() == 3 * "\n"
     assert len(found) == 3 and {e.death for e in found.values()} == {death}
     assert all(f"the process that compiled toy_scan {message}" in str(e) for e in found.values())
+
+
+def test_workers_work_side_by_side(monkeypatch, tmp_path):
+    """Each waits for the other."""
+    met = tmp_path / "met"
+    met.mkdir()
+    wait = f"for i in $(seq 99); do [ $(ls {met} | wc -l) -ge 2 ] && break; sleep 0.1; done; [ $i -lt 99 ]"
+    worker_that(monkeypatch, tmp_path, f"""read job; : > {met}/$$; {wait} && echo '{{"cached": true}}'; read job""")
+    assert outcomes(tmp_path, jobs=2) == {"k0": None, "k1": None}
 
 
 def test_a_worker_that_cannot_start_ends_it_all(monkeypatch, tmp_path):

@@ -163,6 +163,13 @@ def test_of_candidates_with_one_machine_code_the_first_wins(bench, backwards):
     assert bench.lines(again)[-1]["same_as"] == DEFAULT.id
 
 
+def test_each_candidate_waits_for_those_before_it(bench):
+    bench.run([DEFAULT])
+    same = {SCAN: {"library": b"same"}, "tile 128": {"library": b"same"}}
+    bench.run(ALL, Compiler(same, backwards=True))
+    assert bench.verdicts(STAGES) == KEPT and bench.lines(TILE)[-1]["same_as"] == STAGES.id
+
+
 def test_the_default_is_kept_though_another_came_first(bench):
     same = {"scan": {"library": b"same"}}
     bench.run([STAGES], Compiler(same))
@@ -198,6 +205,25 @@ def test_a_kernel_that_dies_three_times_is_given_up(bench):
     assert all(bench.verdicts(c)[-1] == "ptxas failed" for c in (DEFAULT, STAGES, TILE, *others))
     assert bench.verdicts(CHUNK) == KEPT
     assert bench.run([*ALL, *others]).compiled == []  # so are those who may be tried again: their kernel may not
+
+
+def test_deaths_of_a_kernel_in_several_runs_are_added_up(bench):
+    others = [candidate(stages=9), candidate(stages=10)]
+    for wanted in ([DEFAULT], [STAGES], [TILE, others[0]]):
+        dies = bench.run(wanted, Compiler({PREPARE: Died("died", "hang")}, late=True), jobs=1)
+        assert sum(PREPARE in text for text in dies.compiled) == 1
+    assert bench.run([others[1]]).compiled == []
+    assert bench.verdicts(others[0]) == bench.verdicts(others[1]) == ["ptxas failed"]
+
+
+def test_what_another_build_got_compiled_is_taken(bench, monkeypatch, tmp_path):
+    bench.run(ALL, Compiler({PREPARE: ToolchainError("nvcc failed")}, late=True))
+    other = Bench(monkeypatch, tmp_path / "other")
+    monkeypatch.setenv("KDAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    other.run(ALL)
+    more = candidate(stages=9)
+    bench.run([more])
+    assert bench.verdicts(more) == KEPT
 
 
 def test_a_candidate_that_dies_in_three_runs_is_quarantined(bench):
@@ -247,6 +273,16 @@ def test_what_is_damaged_in_the_folder_is_put_there_again(bench, monkeypatch):
     (bench.folder.candidates / f"{TILE.id}.json").unlink()
     assert len(bench.run(ALL).compiled) == 3
     assert load(bench.folder, TILE.id) and len(list(bench.folder.log)) == before
+
+
+def test_what_is_compiled_anew_and_otherwise_is_said(bench, monkeypatch):
+    bench.run(ALL)
+    bench.fresh_cache(monkeypatch, "another cache")
+    (bench.folder.candidates / f"{TILE.id}.json").unlink()
+    bench.run(ALL, Compiler({"tile 128": {"library": b"of another nvcc"}}))
+    assert bench.verdicts(TILE) == [*KEPT, "identical kept"]
+    first, second = (line["binary"] for line in bench.lines(TILE) if line["rung"] == "identical")
+    assert first != second
 
 
 def test_studies_take_turns_and_share_kernels(monkeypatch, tmp_path):
