@@ -44,7 +44,7 @@ def _study(folder: Folder, name: str, study: StudyStanding, lines: list[dict]) -
         yield from (f"    {line}" for line in [picks(study, place)] if line)
     yield from ["", "  funnel", *(f"    {line}" for line in funnel(study))]
     if left := waiting(folder, study, lines):
-        yield f"    {left} that the search wants wait for the next stage"
+        yield f"    {left} candidates wait, chosen by the search"
     if failed := failures(study):
         yield from ["", "  failures"]
     for rung, candidate, schedule, what in failed:
@@ -86,13 +86,20 @@ def shape(study: StudyStanding, place: Place, workload: str) -> Iterator[tuple[s
     yield "winner", f"{timed(best)}  {study.difference(best.candidate)}{screened}"
     for second in ranking[1:2]:
         tie = ", a tie: the intervals overlap" if best.interval.overlaps(second.interval) else ""
-        slower = f"{abs(second.ms / best.ms - 1):.1%} {'slower' if second.ms >= best.ms else 'faster'}{tie}"
-        yield "runner-up", f"{timed(second)}  {study.difference(second.candidate)}; {slower}"
+        yield "runner-up", f"{timed(second)}  {study.difference(second.candidate)}; {_slower(second, best)}{tie}"
     if default and default.candidate != best.candidate:
         yield "default", f"{timed(default)}  the winner is {default.ms / best.ms:.2f}x as fast"
     if best.unsteady:
         yield "caution", f"the device was not steady: {best.unsteady}"
     yield from _model(study, place, workload, best)
+
+
+def _slower(second: Timed, best: Timed) -> str:
+    """The simplest of those that tie wins, so that second may be the faster one."""
+    ratio = second.ms / best.ms
+    if ratio >= 2:
+        return f"takes {ratio:.1f}x as long"
+    return f"{abs(ratio - 1):.1%} {'slower' if ratio >= 1 else 'faster'}"
 
 
 def _model(study: StudyStanding, place: Place, workload: str, best: Timed) -> Iterator[tuple[str, str]]:
