@@ -153,7 +153,7 @@ def test_workers_work_side_by_side(monkeypatch, tmp_path):
     met = tmp_path / "met"
     met.mkdir()
     wait = f"for i in $(seq 99); do [ $(ls {met} | wc -l) -ge 2 ] && break; sleep 0.1; done; [ $i -lt 99 ]"
-    worker_that(monkeypatch, tmp_path, f"""read job; : > {met}/$$; {wait} && echo '{{"cached": true}}'; read job""")
+    worker_that(monkeypatch, tmp_path, f"""read job; : > {met}/$$; {wait} || exit 1; echo '{{"cached": true}}'""")
     assert outcomes(tmp_path, jobs=2) == {"k0": None, "k1": None}
 
 
