@@ -52,11 +52,14 @@ class Bench:
     def open(self, timeout: float, say) -> None:
         """Starts the worker; a KdagenError says why it does not."""
         try:
-            self.facts = self.worker.ask({"do": "facts"}, timeout, say)["facts"]
+            reply = self.worker.ask({"do": "facts"}, timeout, say)
         except WorkerDied as death:
+            reply = {"reason": str(death)}
+        if "facts" not in reply:
             raise KdagenError(
-                f"{self.device} does not answer: {death}: expected a device that is free and works"
-            ) from None
+                f"{self.device} does not answer: {reply['reason']}: expected a device that is free and works"
+            )
+        self.facts = reply["facts"]
 
     @property
     def machine(self) -> tuple:

@@ -78,15 +78,19 @@ def test_a_worker_that_does_not_start_tells_how_to_see_why(tmp_path, monkeypatch
     )
 
 
-def test_a_device_that_dies_of_the_first_question():
-    class Dying:
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_device_that_has_no_answer_to_the_first_question(dies):
+    class Wordless:
         device = "cuda:0"
 
         def ask(self, request, timeout, say):
-            raise WorkerDied("crash", "the worker died of SIGSEGV", None)
+            if dies:
+                raise WorkerDied("crash", "the worker died of SIGSEGV", None)
+            return {"error": "error", "reason": "RuntimeError: no driver", "running": None}
 
-    assert message(KdagenError, Bench(Dying()).open, 1, Silent()) == (
-        "cuda:0 does not answer: the worker died of SIGSEGV: expected a device that is free and works"
+    why = "the worker died of SIGSEGV" if dies else "RuntimeError: no driver"
+    assert message(KdagenError, Bench(Wordless()).open, 1, Silent()) == (
+        f"cuda:0 does not answer: {why}: expected a device that is free and works"
     )
 
 
