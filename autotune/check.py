@@ -18,6 +18,8 @@ from kdagen.autotune.expected import SIZE, Oracle, oracle
 from kdagen.autotune.guarded import Guarded, same_bits, unwritten
 from kdagen.autotune.sweep import Task
 
+from kdagen.runtime.cpu_schedule import at_most
+
 ELEMENTS = ", an element"  # ends the name of such an error
 ELEMENT = 8  # times the tolerance of the norm: what an element may be off, as a part of the largest one
 
@@ -60,7 +62,8 @@ def cases(task: Task, canonical: str, dtypes: tuple) -> tuple[list[tuple[Case, d
     chosen = source.canonical.dtypes(task.dtype, task.gate_dtype or task.dtype) | dict(dtypes)
     inputs = Inputs(task, source.canonical, chosen)
     drawn = [inputs.draw(form, seed) for seed, form in enumerate(forms(task.purpose))]
-    return [(case, source.expected(case)) for case in drawn], source
+    with at_most(1):  # token by token, so that more threads would but wait for each other
+        return [(case, source.expected(case)) for case in drawn], source
 
 
 def _attempt(case: Case, run: Callable[[Case], dict], device) -> dict:

@@ -251,6 +251,15 @@ def test_stage_by_stage_on_a_recording(recorded, tmp_path):
     assert "<svg" not in (folder / "report.html").read_text() and (folder / "report.html").stat().st_size > 10_000
 
 
+def test_all_of_it_on_a_recording(recorded, tmp_path):
+    """Which needs no compiler, and no folder but the recording's own for what is not said."""
+    folder, log = recorded
+    said = run("--dir", folder, "--device", f"replay:{log}", "--into", tmp_path / "tables")
+    (table,) = (tmp_path / "tables").glob("*.json")
+    assert said.stdout.endswith(f"published {table}\nwrote {folder / 'report.html'}\n")
+    assert {line["rung"] for line in Folder(folder).log} == {"space", "model", "correct", "screen", "final"}
+
+
 def test_a_second_run_measures_nothing_again(recorded):
     folder, log = recorded
     run("measure", "--dir", folder, "--device", f"replay:{log}")
