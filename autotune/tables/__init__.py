@@ -1,4 +1,4 @@
-"""Tables that ship with kdagen: a file a device, an entry a line, as `kdagen tune publish --into autotune/tables` writes.
+"""Tables that ship with kdagen: a file a device, an entry a line, as kdagen.autotune.publish writes them.
 
 kdagen.autotune.select reads them; tests/compile/test_shipped_tables.py compiles every schedule in them.
 """
