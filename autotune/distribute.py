@@ -34,6 +34,7 @@ def connect(address: str | None):
         raise ToolchainError("Ray is not installed: pip install 'kdagen[ray]'") from None
     if not ray.is_initialized():
         alone = {} if address else {"include_dashboard": False}
+        debug.keep_ray_to_itself()
         try:
             ray.init(address, log_to_driver=False, logging_level="warning", **alone)
         except (OSError, ValueError, RuntimeError) as error:

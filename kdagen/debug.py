@@ -37,3 +37,8 @@ def one_gpu(number: int) -> dict[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible is not None else [str(number)] * (number + 1)
     return {**os.environ, "CUDA_VISIBLE_DEVICES": names[number] if number < len(names) else ""}
+
+
+def keep_ray_to_itself() -> None:
+    """A Ray that this process starts tells nobody how it is used, unless it is asked to."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
