@@ -47,8 +47,7 @@ class KernelSource:
     """A generated TileLang module: its function `name` returns the PrimFunc, which takes `params` in order."""
 
     name: str  # "kda_prepare"; also the entry's name
-    # "index", "prepare", "scan", "output" or "decode"; where sequences are split also "ends", "transitions", "carry"; in
-    # training also those of kdagen.lower.training
+    # "index", "prepare", "scan", "output" or "decode"; also those of kdagen.lower.split and of kdagen.lower.training
     family: str
     text: str
     params: tuple[TensorSpec, ...]

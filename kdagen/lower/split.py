@@ -1,9 +1,9 @@
 """Sequences that are split in segments, exactly: what lies between prepare and the scan then.
 
-Over a segment the state becomes S -> M S + E, where the transition M (K x K) and the end E are the scan's own ops: E from
-the state 0, M from the identity without any values. All segments' E and M are found side by side; the carry kernel goes
+A segment takes the state from S to M S + E. Its end E is what the scan makes of no state, its transition M (K x K) what
+it makes of the identity without any values. These are found for all segments side by side; the carry kernel goes
 through them in order, a few products a segment, and leaves the state before each. From there the scans of all segments
-run side by side again (kdagen.lower.scan). The last segment of a sequence is followed by none, and has no E and M.
+run side by side again (kdagen.lower.scan). A sequence's last segment needs neither E nor M, its only one no carry.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 from kdagen.errors import ScheduleError
 from kdagen.ir.tensor import MatMul, Op, Program
 from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map, Statement
-from kdagen.lower.rows import carried, segments, tile_of
+from kdagen.lower.rows import carried, segments
 from kdagen.lower.scan import STARTS, kept_state, scan_kernel, scan_step
 from kdagen.lower.step import Step
 from kdagen.lower.workspace import Workspace
@@ -53,22 +53,23 @@ def lower_split(
     """The kernels between prepare and the scan: ends, transitions (unless nothing changes a state) and carry."""
     ops, ends = transition(program), lower_ends(program, workspace, schedule, arguments)
     if ops:
-        piece = piece_of(workspace.dims["K"], schedule.stages, target)
+        piece, stages = carrying(workspace.dims["K"], schedule.stages, target)
         made = lower_transitions(program, workspace, schedule, ops, piece)
-        return [ends, made, lower_carry(program, workspace, schedule, piece=piece)]
+        return [ends, made, lower_carry(program, workspace, schedule.replace(stages=stages), piece)]
     made = [lower_diagonals(program, workspace, schedule)] if workspace.gamma else []
     return [ends, *made, lower_carry(program, workspace, schedule)]
 
 
-def piece_of(k: int, stages: int, target: Target) -> int:
-    """Rows of a transition that a block of the carry kernel takes at a time: all, if these fit in shared memory."""
-    for piece in (k, 64, 32, 16):
-        needed = stages * piece * (2 * 2 * k + 4 * TILE) + (4 * TILE * k if piece < k else 0)
-        if needed <= target.shared_bytes:
-            return piece
+def carrying(k: int, stages: int, target: Target) -> tuple[int, int]:
+    """Rows of a transition that a block of the carry kernel takes at a time, and stages: as shared memory allows."""
+    for depth in (stages, 1):
+        for piece in (k, 64, 32, 16):
+            needed = depth * piece * (2 * 2 * k + 4 * TILE) + (4 * TILE * k if piece < k else 0)
+            if needed <= target.shared_bytes:
+                return piece, depth
     raise ScheduleError(
-        f"split with stages {stages}: carrying states of {k} keys needs {needed / 1024:.0f} KiB of shared memory a "
-        f"block, {target.name} has {target.shared_bytes // 1024}: expected fewer stages"
+        f"split: to carry a state of {k} keys a block needs {needed // 1024} KiB of shared memory, {target.name} has "
+        f"{target.shared_bytes // 1024}: expected split 0"
     )
 
 
@@ -96,7 +97,8 @@ def lower_transitions(
     program: Program, workspace: Workspace, schedule: Schedule, ops: tuple[Op, ...], piece: int
 ) -> Kernel:
     """The same without values, from the identity: its columns take the place of value channels."""
-    over, width = segments(schedule.chunk_size, schedule.split, followed=True), min(schedule.v_tile, workspace.dims["K"])
+    over = segments(schedule.chunk_size, schedule.split, followed=True)
+    width = min(schedule.v_tile, workspace.dims["K"])
     narrow = schedule.replace(v_tile=width, scan_threads=schedule.scan_threads * width // schedule.v_tile)
     step = scan_step(program, workspace, narrow, ops, over.place)
     loads, body = step.loads(), step.lower()
