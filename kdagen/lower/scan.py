@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from kdagen.derive.transition import transition
 from kdagen.ir.tensor import Op, Program, Value
 from kdagen.ir.tile import Buffer, Copy, Kernel, Map, Statement, reads, writes
 from kdagen.lower.asynchronous import insert_waits
@@ -29,6 +30,7 @@ from kdagen.schedule import Schedule
 
 EVERY = Buffer("every", (), "int32", "global", "scalar")  # chunks from one returned state to the next
 STARTS = "starts_w"  # the state before each segment, where sequences are split
+OCTET = 8
 SPECIALISED = "scan_specialised"  # skeletons of this name have asynchronous products
 
 
@@ -54,9 +56,9 @@ def lower_scan(
         stores.append(_return_state(step, "skipped + n" if split else "n"))
     before, after = step.read_from("initial_state", eq="S = S_0"), step.write_to("final_state", eq="S_T")
     if split:
-        before, after = _of_segment(step, split)
+        before, after = _of_segment(step, split, kept_state(STARTS, program, workspace))
     known = [*state_buffers(program, workspace), state_buffer(program.state, workspace, "NC")]
-    known += [kept_state(STARTS, workspace, "NG")] * bool(split)
+    known += [kept_state(STARTS, program, workspace)] * bool(split)
     if not keep_states:
         known += [given_state("states", workspace, "NS"), EVERY]
     return scan_kernel(
@@ -183,9 +185,21 @@ def state_buffers(program: Program, workspace: Workspace) -> tuple[Buffer, ...]:
     return tuple(state_buffer(value, workspace, "NC") for value in stored_values(program))
 
 
-def kept_state(name: str, workspace: Workspace, slots: str) -> Buffer:
-    """A workspace that keeps a state a slot, transposed like `state_buffer`, but with the precision of sums."""
-    return Buffer(name, ("HV", slots, workspace.dims["V"], workspace.dims["K"]), "float32", "global", "workspace")
+def kept_state(name: str, program: Program, workspace: Workspace) -> Buffer:
+    """A workspace that keeps a state a segment with the precision of sums, as [K / n, V, n].
+
+    So it lies in the order in which it is carried on: by products, whose accumulators have 8 rows by 8 columns in 32
+    threads, or row by row.
+    """
+    v, k = workspace.dims["V"], workspace.dims["K"]
+    n = OCTET if transition(program) else k
+    return Buffer(name, ("HV", "NG", k // n, v, n), "float32", "global", "workspace")
+
+
+def kept_at(kept: Buffer, slot: str, step: Step) -> str:
+    """Its element that is (i, j) of a block's transposed tile."""
+    n = kept.shape[-1]
+    return f"{kept.name}[h, {slot}, j // {n}, tile * {step.tile} + i, j % {n}]"
 
 
 def output_buffer(workspace: Workspace) -> Buffer:
@@ -206,10 +220,9 @@ def scan_step(
     return Step(workspace, schedule, ops, carried, place, program.out, transposed=transposed)
 
 
-def _of_segment(step: Step, split: int) -> tuple[Map, Map]:
+def _of_segment(step: Step, split: int, starts: Buffer) -> tuple[Map, Map]:
     """The state before a segment, as it was left; the final state, if no other segment follows."""
-    start = f"{STARTS}[h, segment, tile * {step.tile} + i, j]"
-    last = f"(left > 0) & (left <= {split})"
+    start, last = kept_at(starts, "segment", step), f"(left > 0) & (left <= {split})"
     return (
         step.whole((f"{step.carried.register}[i, j]", start), eq="S before the segment"),
         step.write_to("final_state", where=last, every=math.inf, eq="S_T, after the last segment"),

@@ -9,12 +9,14 @@ run side by side again (kdagen.lower.scan). A sequence's last segment needs neit
 from __future__ import annotations
 
 import dataclasses
+import math
 
+from kdagen.derive.transition import transition
 from kdagen.errors import ScheduleError
-from kdagen.ir.tensor import MatMul, Op, Program
+from kdagen.ir.tensor import Op, Program
 from kdagen.ir.tile import Buffer, Copy, Gemm, Kernel, Map, Statement
 from kdagen.lower.rows import carried, segments
-from kdagen.lower.scan import STARTS, kept_state, scan_kernel, scan_step
+from kdagen.lower.scan import OCTET, STARTS, kept_at, kept_state, scan_kernel, scan_step
 from kdagen.lower.step import Step
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import Schedule
@@ -24,27 +26,6 @@ ENDS = "ends_w"  # the state after each segment, where it begins with none
 TILE, THREADS = 64, 128  # value channels that a block of the carry kernel holds; threads that do its products
 LONGEST = 2**16  # chunks in a segment, so that no count of tokens overflows
 EXACT = "bfloat16"  # of which two terms hold a sum to 16 bits: its exponents are those of fp32
-
-
-def transition(program: Program) -> tuple[Op, ...]:
-    """The scan's ops on a state alone, all values written being zero; none of them where these only scale it."""
-    zero = {v.name for op in program.prepare for v in _made(op) if v.dims[1:] == ("V",)}
-    ops: list[Op] = []
-    for op in program.scan:
-        if isinstance(op, MatMul):
-            terms = tuple(term for term in op.terms if term.b.name not in zero)
-            add = op.add if op.add and op.add.name not in zero else None
-            op = dataclasses.replace(op, terms=terms, add=add)
-            if not terms and not add:
-                zero.add(op.out.name)
-                continue
-        ops.append(op)
-    moved = any(op.out == program.next_state and op.terms for op in ops if isinstance(op, MatMul))
-    return tuple(ops) if moved else ()
-
-
-def _made(op):
-    return [v for row in op.outs for v in row] if hasattr(op, "outs") else [op.out]
 
 
 def lower_split(
@@ -79,7 +60,7 @@ def lower_ends(program: Program, workspace: Workspace, schedule: Schedule, argum
     step = scan_step(program, workspace, schedule, program.scan, over.place)
     loads = step.loads()
     body = step.lower()
-    kept, register = kept_state(ENDS, workspace, "NG"), f"{step.carried.register}[i, j]"
+    kept, register = kept_state(ENDS, program, workspace), f"{step.carried.register}[i, j]"
     return scan_kernel(
         f"{program.canonical.name}_ends",
         "ends",
@@ -88,7 +69,7 @@ def lower_ends(program: Program, workspace: Workspace, schedule: Schedule, argum
         [*arguments.values(), kept],
         (loads, body, []),
         step.whole((register, "0.0"), eq="S = 0"),
-        step.whole((_at(step, kept), register), where="chunks > 0", eq="E, the segment's own part of the state"),
+        step.whole((kept_at(kept, "segment", step), register), where="chunks > 0", eq="E, the state of its own"),
         over=over,
     )
 
@@ -164,13 +145,13 @@ def lower_carry(program: Program, workspace: Workspace, schedule: Schedule, piec
     narrow = schedule.replace(chunk_size=schedule.chunk_size * schedule.split, v_tile=tile, scan_threads=THREADS)
     over = carried(schedule.chunk_size, schedule.split, pieces)
     step = scan_step(program, workspace, narrow, (), over.place)
-    ends, starts = (kept_state(name, workspace, "NG") for name in (ENDS, STARTS))
-    at, register = f"{ends.name}[h, {over.place.slot}, {step.columns}", f"{step.carried.register}[i, j]"
-    own = step.block.shared("ends", tile, piece or k)
-    columns = f"n % {pieces} * {piece}:n % {pieces} * {piece} + {piece}" if pieces > 1 else f"0:{k}"
-    loads: list[Statement] = [Copy(own, f"{at}, {columns}]")]
-    keep = step.whole((_at(step, starts, over.place.slot), register), eq="S before the segment", **_first_of(pieces))
-    body = [keep]
+    ends, starts = (kept_state(name, program, workspace) for name in (ENDS, STARTS))
+    slot, register, n = over.place.slot, f"{step.carried.register}[i, j]", ends.shape[-1]
+    own = step.block.shared("ends", (piece or k) // n, tile, n)
+    loads: list[Statement] = [
+        Copy(own, f"{ENDS}[h, {slot}, {_piece(pieces, (piece or k) // n)}, {step.columns}, 0:{n}]")
+    ]
+    body = [step.whole((kept_at(starts, slot, step), register), eq="S before the segment", **_first_of(pieces))]
     if piece:
         body += _product(step, own, piece, pieces, loads)
     else:
@@ -184,10 +165,15 @@ def lower_carry(program: Program, workspace: Workspace, schedule: Schedule, piec
         kept,
         (loads, body, []),
         step.read_from("initial_state", eq="S = S_0"),
-        step.whole((_at(step, starts, "last"), register), where="length > 0", eq="S before the last segment"),
-        step.write_to("final_state", where="length == 0", every=float("inf"), eq="the state of no tokens"),
+        step.whole((kept_at(starts, "last", step), register), where="length > 0", eq="S before the last segment"),
+        step.write_to("final_state", where="length == 0", every=math.inf, eq="the state of no tokens"),
         over=over,
     )
+
+
+def _piece(pieces: int, size: int) -> str:
+    """The slice of the piece that an iteration takes."""
+    return f"n % {pieces} * {size}:n % {pieces} * {size} + {size}" if pieces > 1 else f"0:{size}"
 
 
 def _first_of(pieces: int) -> dict:
@@ -199,15 +185,14 @@ def _product(step: Step, own: str, piece: int, pieces: int, loads: list[Statemen
     """S = M S + E. Both factors are sums of two terms; the product of the smaller ones is left out."""
     register, k, tile, block = step.carried.register, step.dims["K"], step.tile, step.block
     made = block.shared("transitions", 2 * piece, k, dtype=EXACT)
-    rows = f"n % {pieces} * {2 * piece}:n % {pieces} * {2 * piece} + {2 * piece}" if pieces > 1 else f"0:{2 * piece}"
-    loads.append(Copy(made, f"transitions_w[h, {step.place.slot}, {rows}, 0:{k}]"))
+    loads.append(Copy(made, f"transitions_w[h, {step.place.slot}, {_piece(pieces, 2 * piece)}, 0:{k}]"))
     state, body = f"{register}[i, j]", []
-    part, value, begin = state, f"{own}[i, j]", ""
+    part, value, begin = state, f"{own}[j // {OCTET}, i, j % {OCTET}]", ""
     if pieces > 1:  # registers cannot be told apart by number: the state's columns are taken from shared memory
         whole = block.shared(step.carried.name, tile, k)
         body.append(step.whole((f"{whole}[i, j]", state), **_first_of(pieces)))
         part, begin = f"{whole}[i, n % {pieces} * {piece} + j]", f"T.if_then_else(n % {pieces} == 0, 0.0, {state}) + "
-        value = f"T.if_then_else(j // {piece} == n % {pieces}, {own}[i, j % {piece}], 0.0)"
+        value = f"T.if_then_else(j // {piece} == n % {pieces}, {own}[j % {piece} // {OCTET}, i, j % {OCTET}], 0.0)"
     high, low = (block.fragment(name, tile, piece, dtype=EXACT) for name in ("high", "low"))
     loops = (("i", tile), ("j", piece))
     rest = f"{part} - T.cast({high}[i, j], 'float32')"
@@ -228,12 +213,7 @@ def _scaled(step: Step, own: str, loads: list[Statement], workspace: Workspace) 
         made = step.block.shared("diagonals", workspace.dims["K"])
         loads.append(Copy(made, f"diagonals_w[h, {step.place.slot}, 0:{workspace.dims['K']}]"))
         scale = f" * {made}[j]"
-    return [step.whole((state, f"{state}{scale} + {own}[i, j]"), eq="S = M S + E")]
-
-
-def _at(step: Step, kept: Buffer, slot: str = "segment") -> str:
-    """The element of a workspace of states that lies at (i, j) of the block's tile."""
-    return f"{kept.name}[h, {slot}, tile * {step.tile} + i, j]"
+    return [step.whole((state, f"{state}{scale} + {own}[0, i, j]"), eq="S = M S + E")]
 
 
 def transitions_buffer(workspace: Workspace) -> Buffer:
