@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from kdagen.ir.tensor import MatMul, Op, Program, writes
+from kdagen.ir.tensor import MatMul, Op, Program, Value, writes
 
 
 def transition(program: Program) -> tuple[Op, ...]:
@@ -16,11 +16,19 @@ def transition(program: Program) -> tuple[Op, ...]:
     ops: list[Op] = []
     for op in program.scan:
         if isinstance(op, MatMul):
-            add = None if op.add in zero else op.add
-            op = dataclasses.replace(op, terms=tuple(t for t in op.terms if t.b not in zero), add=add)
-            if not op.terms and not add:
+            op = _without(op, zero)
+            if not op.terms and not op.add:
                 zero.add(op.out)
                 continue
         ops.append(op)
     (last,) = (op for op in ops if op.out == program.next_state)
     return tuple(ops) if isinstance(last, MatMul) and last.terms else ()
+
+
+def _without(op: MatMul, zero: set[Value]) -> MatMul:
+    """A product's terms that are not zero."""
+    terms, add = tuple(t for t in op.terms if t.b not in zero), None if op.add in zero else op.add
+    if (terms, add) == (op.terms, op.add):
+        return op
+    left = " + ".join([*[add.name] * bool(add), *map(str, terms)])
+    return dataclasses.replace(op, terms=terms, add=add, eq=f"{op.out.name} = {left}")

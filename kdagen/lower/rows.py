@@ -98,10 +98,10 @@ def segments(chunk: int, split: int, followed: bool = False) -> Over:
     lets = (
         ("b", "T.max(T.min(sequences[segment], N1 - 2), 0)"),
         *place,
-        ("every_chunk", chunks),
+        ("total", chunks),
         ("before", f"T.max(segment - start // {chunk * split} - b, 0)"),
-        ("skipped", f"T.min(before, (every_chunk + {split - 1}) // {split}) * {split}"),
-        ("left", "T.max(every_chunk - skipped, 0)"),
+        ("skipped", f"T.min(before, (total + {split - 1}) // {split}) * {split}"),
+        ("left", "T.max(total - skipped, 0)"),
         ("chunks", f"T.if_then_else(left > {split}, {split}, {0 if followed else 'left'})"),
     )
     return Over("segment", "NG", lets, (CU_SEQLENS, SEQUENCES), in_sequence("(skipped + n)", chunk), split)
