@@ -30,5 +30,5 @@ def _without(op: MatMul, zero: set[Value]) -> MatMul:
     terms, add = tuple(t for t in op.terms if t.b not in zero), None if op.add in zero else op.add
     if (terms, add) == (op.terms, op.add):
         return op
-    left = " + ".join([*[add.name] * bool(add), *map(str, terms)])
-    return dataclasses.replace(op, terms=terms, add=add, eq=f"{op.out.name} = {left}")
+    left = ([add.name] if add else []) + [str(term) for term in terms]
+    return dataclasses.replace(op, terms=terms, add=add, eq=f"{op.out.name} = {' + '.join(left)}")
