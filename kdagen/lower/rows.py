@@ -16,7 +16,7 @@ from kdagen.ir.tile import Buffer, Kernel, Map
 CU_SEQLENS = Buffer("cu_seqlens", ("N1",), "int32", "global", "cu_seqlens")
 CHUNK_ROWS = Buffer("chunk_rows", ("NC", 2), "int32", "global", "workspace")  # first row, how many: 0 to chunk_size
 SEGMENTS = Buffer("segments", ("NG", 2), "int32", "global", "workspace")  # first chunk slot, how many: 0 to segment
-SEQUENCES = Buffer("sequences", ("NG",), "int32", "global", "workspace")  # the sequence that each segment slot is of
+SEQUENCE_OF = Buffer("sequence_of", ("NG",), "int32", "global", "workspace")  # whose the segment in each slot is
 KEY_HEAD = ("hk", "T.alloc_var('int32', init=T.truncdiv(h * H, HV))")  # in a register: a division is long
 THREADS = 128
 
@@ -96,7 +96,7 @@ def segments(chunk: int, split: int, followed: bool = False) -> Over:
     """
     *place, (_, chunks) = of_sequence(chunk)
     lets = (
-        ("b", "T.max(T.min(sequences[segment], N1 - 2), 0)"),
+        ("b", "T.max(T.min(sequence_of[segment], N1 - 2), 0)"),
         *place,
         ("total", chunks),
         ("before", f"T.max(segment - start // {chunk * split} - b, 0)"),
@@ -104,7 +104,7 @@ def segments(chunk: int, split: int, followed: bool = False) -> Over:
         ("left", "T.max(total - skipped, 0)"),
         ("chunks", f"T.if_then_else(left > {split}, {split}, {0 if followed else 'left'})"),
     )
-    return Over("segment", "NG", lets, (CU_SEQLENS, SEQUENCES), in_sequence("(skipped + n)", chunk), split)
+    return Over("segment", "NG", lets, (CU_SEQLENS, SEQUENCE_OF), in_sequence("(skipped + n)", chunk), split)
 
 
 def carried(chunk: int, split: int, pieces: int = 1) -> Over:
@@ -134,7 +134,7 @@ def tile_of(tiles: int, what: str) -> tuple[tuple[str, str], Lets]:
 
 
 def lower_index(name: str, chunk: int, segment: int = 0, split: int = 0) -> Kernel:
-    """The kernel that fills `chunk_rows` and, where there are segments of so many chunks, `segments` or `sequences`.
+    """The kernel that fills `chunk_rows` and, where there are segments of so many chunks, `segments` or `sequence_of`.
 
     One block a sequence, which writes all slots up to those of the next; the last one's block those that are left too.
     """
@@ -142,7 +142,7 @@ def lower_index(name: str, chunk: int, segment: int = 0, split: int = 0) -> Kern
     if segment:
         tables.append(_table(SEGMENTS, "NG", chunk * segment, f"start // {chunk} + b", "chunks", segment, segment))
     if split:
-        tables.append(_slots("NG", chunk * split, lambda slot, own: ((f"{SEQUENCES.name}[{slot}]", "b"),), split))
+        tables.append(_slots("NG", chunk * split, lambda slot, own: ((f"{SEQUENCE_OF.name}[{slot}]", "b"),), split))
     return Kernel(
         name=f"{name}_index",
         family="index",
@@ -150,7 +150,7 @@ def lower_index(name: str, chunk: int, segment: int = 0, split: int = 0) -> Kern
         grid=(("b", "N1 - 1"),),
         threads=THREADS,
         stages=1,
-        buffers=(CU_SEQLENS, CHUNK_ROWS, *[SEGMENTS] * bool(segment), *[SEQUENCES] * bool(split)),
+        buffers=(CU_SEQLENS, CHUNK_ROWS, *[SEGMENTS] * bool(segment), *[SEQUENCE_OF] * bool(split)),
         lets=(
             *most_tokens(chunk, "(N1 - 1)"),
             *of_sequence(chunk),

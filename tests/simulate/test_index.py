@@ -152,7 +152,7 @@ def test_segments_know_their_sequence(split, lengths):
     slots_, lets = slots(ends, 16, 0)[0], segments(16, split).lets
     for segment, owner in enumerate(owners):
         assert 0 <= owner < len(lengths)
-        given_ = dict(cu_seqlens=ends, sequences=owners, segment=segment, N1=len(ends), tokens=ends[-1] + 40)
+        given_ = dict(cu_seqlens=ends, sequence_of=owners, segment=segment, N1=len(ends), tokens=ends[-1] + 40)
         env = exactly(lets, **given_)
         taken += [env["first"] + env["skipped"] + n for n in range(env["chunks"])]
         followed = exactly(segments(16, split, followed=True).lets, **given_)["chunks"]
@@ -217,7 +217,7 @@ def test_bounds_of_segments_do_not_overflow_and_lie_within(a, z, tokens, b, owne
     sizes = capacities(tokens, 4, chunk, {"split": split})
     offsets = dict(cu_seqlens=[0] * b + [a, z] + [0] * (3 - b), N1=5, NC=sizes["NC"], NG=sizes["NG"])
     segment = int(share * (sizes["NG"] - 1))
-    env = dict(offsets, segment=segment, sequences=Anywhere(owner))
+    env = dict(offsets, segment=segment, sequence_of=Anywhere(owner))
     for followed in (False, True):
         found = names([*most_tokens(chunk, "(N1 - 1)"), *segments(chunk, split, followed).lets], **env)
         assert 0 <= found["b"] < 4 and 0 <= found["chunks"] <= split

@@ -193,7 +193,7 @@ def test_transitions_read_no_values():
 
 def per_segment(source, name, tokens):
     verdict = verify(source, zoo.get(name), (1, tokens, 1))
-    tables = ("cu_seqlens", "chunk_rows", "sequences")
+    tables = ("cu_seqlens", "chunk_rows", "sequence_of")
     states = ("initial_state", "final_state")
     return {
         kernel: sum(t.read + t.written for n, t in s.traffic.items() if n not in tables + states)
