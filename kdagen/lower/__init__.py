@@ -61,8 +61,6 @@ def describe(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: S
         "Buffers: _in arguments, _w workspaces, _s shared memory, _f registers. Tokens of all sequences lie in a row. "
         "b, h, hk, n: sequence, head of values, of keys, chunk."
     )
-    if schedule.split:
-        how += f" Segments of {schedule.split} chunks are scanned side by side."
     return (*said(canonical), how, names)
 
 

@@ -40,13 +40,7 @@ def test_text_of_the_kernels_of_a_split(golden):
     kernels = {k.family: k for k in compile_op(zoo.get("kda"), schedule={"split": 8}).kernels}
     for family in ("ends", "transitions", "carry"):
         golden(f"tilelang_kda_split_{family}.txt", kernels[family].text)
-    whole = {k.family: k for k in compile_op(zoo.get("kda")).kernels}
-    assert code(kernels["prepare"]) == code(whole["prepare"])
-
-
-def code(kernel):
-    """A module without what it says of itself."""
-    return kernel.text.partition("import tilelang")[2]
+    assert kernels["prepare"] in compile_op(zoo.get("kda")).kernels
 
 
 def test_the_same_recurrence_gives_the_same_text():
