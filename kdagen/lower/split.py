@@ -142,7 +142,8 @@ def lower_carry(program: Program, workspace: Workspace, schedule: Schedule, piec
     """
     k = workspace.dims["K"]
     pieces, tile = (k // piece, TILE) if piece else (1, TILE // 2)
-    narrow = schedule.replace(chunk_size=schedule.chunk_size * schedule.split, v_tile=tile, scan_threads=THREADS)
+    tokens = schedule.chunk_size * schedule.split // pieces  # that an iteration stands for
+    narrow = schedule.replace(chunk_size=tokens, v_tile=tile, scan_threads=THREADS)
     over = carried(schedule.chunk_size, schedule.split, pieces)
     step = scan_step(program, workspace, narrow, (), over.place)
     ends, starts = (kept_state(name, program, workspace) for name in (ENDS, STARTS))
