@@ -55,6 +55,7 @@ class Schedule(Choices):
     v_tile: int = 64  # value channels a scan block holds
     scan_threads: int = 128  # threads that do the products (a producer warpgroup comes on top)
     stages: int = 2  # chunks in flight between memory and the scan
+    split: int = 0  # chunks of a segment that is scanned by itself, beside the others; 0: a sequence is one scan
     output: str = "fused"  # "fused": the scan writes O; "split": it stores states, and a third kernel writes O
     prepare_skeleton: str = "prepare"
     scan_skeleton: str = "scan_pipelined"

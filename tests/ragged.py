@@ -1,4 +1,4 @@
-"""Ragged batches for executed programs: sequences in a row, and what each gives by itself in float64."""
+"""Ragged batches for executed programs, what each sequence gives by itself in float64, and the check of a forward."""
 
 import itertools
 
@@ -7,7 +7,10 @@ import torch
 from kdagen import zoo
 from kdagen.derive.canonical import canonical
 from kdagen.reference import recurrence_reference
-from kdagen.tolerance import reference_gradients
+from kdagen.simulate.run import simulate
+from kdagen.tolerance import TOLERANCE, reference_gradients, relative_error
+
+LENGTHS = (5, 0, 33, 1, 17)
 
 
 class Batch:
@@ -90,3 +93,26 @@ class Batch:
                 else:
                     where += x
         return total
+
+
+def check_forward(source, name, lengths=LENGTHS, padding=4, every=0, seeds=(), **choices):
+    """Output, final states and states on the way; what is of no sequence is zero, to the bit."""
+    batch = Batch(source, zoo.get(name), lengths, padding, **choices)
+    given = {"cu_seqlens": batch.cu_seqlens, "states_every": every, "check_races": True}
+    o, final, *states, statistics = simulate(
+        source, batch.tensors, batch.state, **given, check_schedules=bool(seeds), seeds=seeds
+    )
+    expected, expected_final = batch.expected()
+    tolerance = TOLERANCE[source.dtype]
+    for s, rows in batch.filled:
+        assert relative_error(o[:, rows], expected[:, rows]) < tolerance
+        assert relative_error(batch.plain(final[s]), expected_final[s]) < tolerance
+    empty = sorted(set(range(batch.sequences)) - {s for s, _ in batch.filled})
+    assert torch.equal(final[empty], batch.state[empty])
+    assert not o[:, batch.ends[-1] :].any()
+    assert not any(s.writes_out_of_bounds for s in statistics.values())
+    for kept in states:
+        assert kept.shape == (batch.tokens // every, *batch.state.shape[1:]) and kept.dtype == batch.state.dtype
+        after = batch.states_after(every)
+        for slot, state in enumerate(batch.plain(kept)):
+            assert relative_error(state, after[slot]) < tolerance if slot in after else not state.any()

@@ -28,6 +28,8 @@ SHARED_FIELDS = {
     "prepare": ("chunk_size",),
     "scan": ("stages", "v_tile", "chunk_size"),
     "output": ("v_tile", "chunk_size"),
+    **dict.fromkeys(("ends", "transitions"), ("stages", "v_tile", "chunk_size")),
+    "carry": ("stages",),
     "replay": ("stages", "v_tile", "chunk_size"),
     "reverse": ("stages", "v_tile", "chunk_size"),
     "gradients": ("chunk_size",),
@@ -35,7 +37,7 @@ SHARED_FIELDS = {
 }
 THREAD_FIELDS = {
     "prepare": ("prepare_threads",),
-    **dict.fromkeys(("scan", "output", "replay", "reverse"), ("scan_threads",)),
+    **dict.fromkeys(("scan", "output", "ends", "transitions", "replay", "reverse"), ("scan_threads",)),
     "gradients": ("gradient_threads",),
     "decode": ("threads",),
 }

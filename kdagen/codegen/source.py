@@ -21,7 +21,8 @@ class TensorSpec:
     T, N, N1     tokens of all sequences together; sequences; N + 1
     H, HV        heads of keys; of values, a multiple of H
     NC           slots of chunks: T // chunk_size + N. Sequence s has those from cu_seqlens[s] // chunk_size + s on
-    NG           slots of segments, in training: T // (chunk_size * segment) + N, likewise
+    NG           slots of segments, in training: T // (chunk_size * segment) + N, likewise; of a schedule that splits
+                 sequences: T // (chunk_size * split) + N
     NS           slots of states that are returned: T // states_every, 0 where none are asked for
     S, W         slots of a state pool; columns of its indices
     """
@@ -46,7 +47,8 @@ class KernelSource:
     """A generated TileLang module: its function `name` returns the PrimFunc, which takes `params` in order."""
 
     name: str  # "kda_prepare"; also the entry's name
-    family: str  # "index", "prepare", "scan", "output" or "decode"; in training also those of kdagen.lower.training
+    # "index", "prepare", "scan", "output" or "decode"; also those of kdagen.lower.split and of kdagen.lower.training
+    family: str
     text: str
     params: tuple[TensorSpec, ...]
     threads: int

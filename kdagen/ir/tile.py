@@ -136,7 +136,7 @@ class Kernel:
     chunk_lets: tuple[tuple[str, str], ...] = ()  # the same for each chunk of a loop
     doc: tuple[str, ...] = field(default=())
     chunk_size: int = 0
-    segment: int = 1  # chunks that a block of a gradients kernel takes
+    segment: int = 1  # chunks that a block takes whose grid counts segments
     merged: bool = False  # whether shared buffers of one chunk may take each other's places, as their uses allow
     wgmma: bool = True  # whether products may use it, where the target has it
 

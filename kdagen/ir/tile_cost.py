@@ -18,13 +18,13 @@ def chunk_flops(kernel: Kernel) -> int:
 
 
 def bytes_a_token(kernel: Kernel) -> float:
-    """Bytes between memory and chip a token and head, for whole chunks; states before and after a scan left out.
+    """Bytes between memory and chip a token and head, for whole chunks; a sequence's first and last state left out.
 
     In decoding a state is read and written for the one token that a sequence has, and counts.
     """
     chunk = sum(_moved(kernel, s) for s in kernel.loads + kernel.body + kernel.stores)
-    if "segment" in dict(kernel.grid):  # a block takes a segment: what it reads first is for all of its chunks
-        chunk += sum(_moved(kernel, s) for s in kernel.before) / kernel.segment
+    if any(name.endswith("segment") for name, _ in kernel.grid):  # what a block reads first, and leaves, is a segment's
+        chunk += sum(_moved(kernel, s) for s in kernel.before + kernel.after) / kernel.segment
     return chunk * _tiles(kernel) / kernel.chunk_size
 
 

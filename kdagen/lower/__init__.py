@@ -12,6 +12,7 @@ from kdagen.lower.decay import factored_rows
 from kdagen.lower.prepare import argument_buffers, lower_prepare
 from kdagen.lower.rows import lower_index
 from kdagen.lower.scan import SPECIALISED, lower_output, lower_scan
+from kdagen.lower.split import LONGEST, lower_split
 from kdagen.lower.warps import divides
 from kdagen.lower.workspace import Workspace
 from kdagen.schedule import DecayForm, Schedule, TrainingSchedule
@@ -30,8 +31,9 @@ def lower(
     target: Target,
     state: StateType = DEFAULT,
 ) -> tuple[Kernel, ...]:
-    """The forward kernels in launch order: index, prepare, scan and, when the schedule splits them, output.
+    """The forward kernels in launch order: index, prepare, scan and, when the schedule has them apart, output.
 
+    Where it splits sequences, those of kdagen.lower.split stand before the scan.
     `dims` gives K and V, `dtypes` each argument's dtype, `dtype` that of operands, workspaces and the output.
     """
     check(program.canonical, dims, dtype, schedule, target)
@@ -39,8 +41,10 @@ def lower(
     arguments = argument_buffers(program.canonical, dims, dtypes)
     prepare = lower_prepare(program, workspace, schedule, dtypes)
     check_products(prepare, target, "prepare_threads")
-    index = lower_index(program.canonical.name, schedule.chunk_size)
-    kernels = [index, prepare, lower_scan(program, workspace, schedule, arguments)]
+    kernels = [lower_index(program.canonical.name, schedule.chunk_size, split=schedule.split), prepare]
+    if schedule.split:
+        kernels += lower_split(program, workspace, schedule, arguments, target)
+    kernels.append(lower_scan(program, workspace, schedule, arguments))
     if schedule.output == "split":
         kernels.append(lower_output(program, workspace, schedule, arguments))
     doc = describe(program.canonical, dims, dtype, schedule)
@@ -70,6 +74,7 @@ def check(canonical: Canonical, dims: dict[str, int], dtype: str, schedule: Sche
     """Refuses dims and schedules that no kernels can be made for."""
     _check_dims(dims, schedule)
     _check_scan(schedule, target)
+    _check_split(schedule)
     _check_decay(canonical, schedule, dtype)
 
 
@@ -96,6 +101,13 @@ def _check_scan(schedule: Schedule, target: Target) -> None:
         )
     if schedule.output not in ("fused", "split"):
         raise ScheduleError(f"output '{schedule.output}': expected 'fused' or 'split'")
+
+
+def _check_split(schedule: Schedule) -> None:
+    if not isinstance(schedule.split, int) or not 0 <= schedule.split <= LONGEST:
+        raise ScheduleError(f"split {schedule.split}: expected chunks in a segment, 1 to {LONGEST}, or 0 for no split")
+    if schedule.split and isinstance(schedule, TrainingSchedule):
+        raise ScheduleError(f"split {schedule.split}: sequences are split in inference alone, expected 0 in training")
 
 
 def check_products(kernel: Kernel, target: Target, field: str) -> None:

@@ -251,9 +251,9 @@ class Step:
         value = f"T.cast({self.element(f'{state}[b')}, 'float32')"
         return self.whole((f"{self.carried.register}[i, j]", value), eq=eq)
 
-    def write_to(self, state: str, eq: str) -> Map:
+    def write_to(self, state: str, **fields) -> Map:
         """Write the carried tile to a tensor of states."""
-        return self.store(f"{state}[b", eq=eq)
+        return self.store(f"{state}[b", **fields)
 
     def store(self, place: str, **fields) -> Map:
         """Write the carried tile to a slot of a tensor of states: "states[slot"."""

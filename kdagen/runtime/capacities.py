@@ -12,7 +12,7 @@ PADDED = ("out", "gradient")  # zero in a ragged batch alone, which may have tok
 
 
 def capacities(tokens: int, sequences: int, chunk_size: int, schedule: dict, states_every: int = 0) -> dict[str, int]:
-    """T, N, N1, NC, NS and, in training, NG."""
+    """T, N, N1, NC, NS and, in training or where sequences are split, NG."""
     found = {
         "T": tokens,
         "N": sequences,
@@ -20,6 +20,6 @@ def capacities(tokens: int, sequences: int, chunk_size: int, schedule: dict, sta
         "NC": tokens // chunk_size + sequences,
         "NS": tokens // states_every if states_every else 0,
     }
-    if "segment" in schedule:
-        found["NG"] = tokens // (chunk_size * schedule["segment"]) + sequences
+    if segment := schedule.get("segment") or schedule.get("split"):
+        found["NG"] = tokens // (chunk_size * segment) + sequences
     return found

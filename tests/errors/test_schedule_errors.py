@@ -18,6 +18,13 @@ CASES = [
     ({"schedule": {"decay": "factored"}}, "decay 'factored' with chunk_size 16: a gate bounded by -inf"),
     ({"schedule": {"decay": "both"}}, "decay 'both': expected one of none, scalar, factored, tree"),
     ({"schedule": {"scan_skeleton": "mine"}}, "no skeleton 'mine': expected one of decode, gradients, index, output,"),
+    ({"schedule": {"split": "few"}}, "split few: expected chunks in a segment, 1 to 65536, or 0 for no split"),
+    ({"schedule": {"split": -1}}, "split -1: expected chunks in a segment, 1 to 65536, or 0 for no split"),
+    ({"schedule": {"split": 2**17}}, "split 131072: expected chunks in a segment, 1 to 65536"),
+    (
+        {"arch": "gfx942", "head_dim": 256, "schedule": {"split": 8}},
+        "split: to carry a state of 256 keys a block needs 84 KiB of shared memory, gfx942 has 64: expected split 0",
+    ),
     ({"arch": "sm80", "schedule": {"stages": 2}}, "stages 2: sm80 has no TMA, expected 1"),
     ({"arch": "sm80", "schedule": {"scan_skeleton": "scan_specialised"}}, "needs wgmma, which sm80 lacks"),
     ({"dtype": "float32"}, "dtype 'float32' has no kernels: expected bfloat16 or float16"),

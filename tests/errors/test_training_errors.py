@@ -30,6 +30,12 @@ def test_a_schedule_of_inference():
         compile_training(zoo.get("gla"), schedule=Schedule())
 
 
+def test_sequences_that_are_split():
+    message = "split 8: sequences are split in inference alone, expected 0 in training"
+    with pytest.raises(ScheduleError, match=message):
+        compile_training(zoo.get("gla"), schedule={"split": 8})
+
+
 def test_a_backward_without_what_the_forward_kept(tmp_path):
     op = LoadedOp(tmp_path, {"plan": toy_training.toy().plan()})
     expected = "toy: the backward lacks w: expected what the forward's launch returned under this name"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kdagen.build import adapter
 from kdagen.codegen.tilelang import render
 from kdagen.ir.tile import verify
-from kdagen.lower.rows import lower_index, most_tokens, of_chunk, of_segment, of_sequence
+from kdagen.lower.rows import carried, lower_index, most_tokens, of_chunk, of_segment, of_sequence, segments
 from kdagen.runtime.capacities import NEVER, capacities
 from kdagen.simulate.program import Simulator
 from kdagen.simulate.run import GARBAGE
@@ -25,14 +25,14 @@ INT32 = st.one_of(
 
 
 @cache
-def kernel(chunk, segment):
-    return verify(lower_index("some", chunk, segment))
+def kernel(chunk, segment, split=0):
+    return verify(lower_index("some", chunk, segment, split))
 
 
 @cache
-def program(chunk, segment):
-    source = render(kernel(chunk, segment))
-    return Simulator(adapter.trace(source.text, source.name, f"<{source.name} {chunk} {segment}>"), check_races=False)
+def program(*kind):
+    source = render(kernel(*kind))
+    return Simulator(adapter.trace(source.text, source.name, f"<{source.name} {kind}>"), check_races=False)
 
 
 def run(chunk, segment, cu_seqlens, tokens, check_races=False):
@@ -105,15 +105,72 @@ class Integers:
         return type(a)(abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1)
 
 
+class Anywhere:
+    """A table with one and the same entry at each index."""
+
+    def __init__(self, entry):
+        self.entry = entry
+
+    def __getitem__(self, _):
+        return self.entry
+
+
+def exactly(lets, **given):
+    """What is bound from `given`, one after the other."""
+    for name, text in lets:
+        given[name] = int(eval(text, {"T": Integers}, dict(given)))
+    return given
+
+
 def names(lets, **given):
     """What is bound from `given`, one after the other; the same in integers of 32 bits as in exact ones."""
     exact = dict(given)
-    narrow = {n: np.asarray(x, np.int32) if isinstance(x, list) else np.int32(x) for n, x in given.items()}
+    narrow = {n: narrowed(x) for n, x in given.items()}
     with np.errstate(over="raise"):
         for name, text in lets:
             exact[name], narrow[name] = (eval(text, {"T": Integers}, dict(env)) for env in (exact, narrow))
             assert int(narrow[name]) == exact[name], f"{name} = {text} overflows"
     return exact
+
+
+def split_index(chunk, split, cu_seqlens, tokens, check_races=False):
+    """(sequence of each segment slot, elements written out of bounds) where sequences are split."""
+    sizes = capacities(tokens, len(cu_seqlens) - 1, chunk, {"split": split})
+    found = [np.full(shape, GARBAGE, np.int32) for shape in ((sizes["NC"], 2), (sizes["NG"],))]
+    simulator = program(chunk, 0, split)
+    simulator.check_races = check_races
+    simulator(np.array(cu_seqlens, np.int32), *found)
+    return found[1], simulator.statistics.writes_out_of_bounds
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 100, 1, 33, 64], [0] * 300, [9000], [1] * 200, [0] * 50 + [5000, 0]])
+@pytest.mark.parametrize("split", [1, 3])
+def test_segments_know_their_sequence(split, lengths):
+    """Each chunk of each sequence is in the segments of just one block."""
+    ends, taken = [0, *itertools.accumulate(lengths)], []
+    owners, outside = split_index(16, split, ends, ends[-1] + 40, check_races=True)
+    slots_, lets = slots(ends, 16, 0)[0], segments(16, split).lets
+    for segment, owner in enumerate(owners):
+        assert 0 <= owner < len(lengths)
+        given_ = dict(cu_seqlens=ends, sequence_of=owners, segment=segment, N1=len(ends), tokens=ends[-1] + 40)
+        env = exactly(lets, **given_)
+        taken += [env["first"] + env["skipped"] + n for n in range(env["chunks"])]
+        followed = exactly(segments(16, split, followed=True).lets, **given_)["chunks"]
+        assert followed == (split if env["left"] > split else 0)
+    assert not outside and sorted(taken) == sorted(slots_)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cu_seqlens=st.lists(INT32, min_size=2, max_size=8), tokens=st.integers(0, 300))
+def test_whatever_offsets_say_no_segment_outside_the_table_is_written(cu_seqlens, tokens):
+    assert not split_index(16, 2, cu_seqlens, tokens)[1]
+
+
+def narrowed(x):
+    """In 32 bits."""
+    if isinstance(x, Anywhere):
+        return Anywhere(np.int32(x.entry))
+    return np.asarray(x, np.int32) if isinstance(x, list) else np.int32(x)
 
 
 BIG = st.integers(1, 2**31 - 65)  # tokens
@@ -142,6 +199,35 @@ def test_bounds_that_blocks_form_do_not_overflow_and_lie_within(a, z, tokens, b,
         last = found["start"] // (chunk * (segment or 1)) + b + -(-found["chunks"] // (segment or 1))
         assert found["chunks"] == 0 or last <= sizes["NG"]
     assert scan["tokens"] == tokens <= blind["tokens"] < tokens + chunk
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    a=INT32,
+    z=INT32,
+    tokens=st.one_of(BIG, st.integers(1, 300)),
+    b=st.integers(0, 3),
+    owner=st.one_of(INT32, st.integers(0, 3)),
+    split=st.sampled_from([1, 3, 8, 2**16]),
+    chunk=st.sampled_from([16, 64]),
+    share=st.floats(0, 1),
+)
+def test_bounds_of_segments_do_not_overflow_and_lie_within(a, z, tokens, b, owner, split, chunk, share):
+    """Of blocks that take a segment, whoever's it is said to be, and of those that carry a state over them."""
+    sizes = capacities(tokens, 4, chunk, {"split": split})
+    offsets = dict(cu_seqlens=[0] * b + [a, z] + [0] * (3 - b), N1=5, NC=sizes["NC"], NG=sizes["NG"])
+    segment = int(share * (sizes["NG"] - 1))
+    env = dict(offsets, segment=segment, sequence_of=Anywhere(owner))
+    for followed in (False, True):
+        found = names([*most_tokens(chunk, "(N1 - 1)"), *segments(chunk, split, followed).lets], **env)
+        assert 0 <= found["b"] < 4 and 0 <= found["chunks"] <= split
+        slot = found["first"] + found["skipped"]
+        assert found["chunks"] == 0 or 0 <= slot <= slot + found["chunks"] <= sizes["NC"]
+        assert found["chunks"] == 0 or found["skipped"] * chunk < found["length"]
+    for pieces in (1, 4):
+        found = names(carried(chunk, split, pieces).lets, **offsets, b=b)
+        assert 0 <= found["first"] <= found["last"] < sizes["NG"]
+        assert found["chunks"] == (found["last"] - found["first"]) * pieces
 
 
 @settings(max_examples=200, deadline=None)

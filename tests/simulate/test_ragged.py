@@ -4,16 +4,15 @@ from functools import cache
 
 import pytest
 import torch
-from ragged import Batch
+from ragged import LENGTHS, Batch, check_forward
 
 from kdagen import zoo
 from kdagen.pipeline import compile_op, compile_training
 from kdagen.simulate import run
-from kdagen.simulate.run import simulate, simulate_training
+from kdagen.simulate.run import simulate_training
 from kdagen.state import DEFAULT, StateType
 from kdagen.tolerance import TOLERANCE, gradient_tolerance, relative_error
 
-LENGTHS = (5, 0, 33, 1, 17)
 SPLIT = {"output": "split"}
 
 
@@ -30,29 +29,6 @@ def training(name, arch="sm90", state=DEFAULT, **schedule):
 def orders(arch):
     """Random orders of warps to check; on sm80 all warps of a block have one role."""
     return range(0 if arch == "sm80" else 1)
-
-
-def check(source, name, lengths=LENGTHS, padding=4, every=0, seeds=(), **choices):
-    """Output, final states and states on the way; what is of no sequence is zero, to the bit."""
-    batch = Batch(source, zoo.get(name), lengths, padding, **choices)
-    given = {"cu_seqlens": batch.cu_seqlens, "states_every": every, "check_races": True}
-    o, final, *states, statistics = simulate(
-        source, batch.tensors, batch.state, **given, check_schedules=bool(seeds), seeds=seeds
-    )
-    expected, expected_final = batch.expected()
-    tolerance = TOLERANCE[source.dtype]
-    for s, rows in batch.filled:
-        assert relative_error(o[:, rows], expected[:, rows]) < tolerance
-        assert relative_error(batch.plain(final[s]), expected_final[s]) < tolerance
-    empty = sorted(set(range(batch.sequences)) - {s for s, _ in batch.filled})
-    assert torch.equal(final[empty], batch.state[empty])
-    assert not o[:, batch.ends[-1] :].any()
-    assert not any(s.writes_out_of_bounds for s in statistics.values())
-    for kept in states:
-        assert kept.shape == (batch.tokens // every, *batch.state.shape[1:]) and kept.dtype == batch.state.dtype
-        after = batch.states_after(every)
-        for slot, state in enumerate(batch.plain(kept)):
-            assert relative_error(state, after[slot]) < tolerance if slot in after else not state.any()
 
 
 FORWARD = [  # name, arch, heads of values for each of keys, chunks from state to state, type of states, schedule
@@ -74,16 +50,16 @@ FORWARD = [  # name, arch, heads of values for each of keys, chunks from state t
 @pytest.mark.parametrize(("name", "arch", "group", "chunks", "state", "schedule"), FORWARD)
 def test_sequences_in_a_row(name, arch, group, chunks, state, schedule):
     source = inference(name, arch, state, chunk_size=16, **schedule)
-    check(source, name, group=group, every=16 * chunks, seeds=orders(arch))
+    check_forward(source, name, group=group, every=16 * chunks, seeds=orders(arch))
 
 
 def test_sequences_with_full_resets():
-    check(inference("kda"), "kda", group=2, gate="reset")
+    check_forward(inference("kda"), "kda", group=2, gate="reset")
 
 
 @pytest.mark.parametrize("lengths", [(0, 0, 0, 19, 0), (0,) * 8 + (1,) * 40 + (0,) * 8, (0, 0, 0)])
 def test_more_sequences_than_chunks(lengths):
-    check(inference("gated_deltanet"), "gated_deltanet", lengths, padding=3, group=2)
+    check_forward(inference("gated_deltanet"), "gated_deltanet", lengths, padding=3, group=2)
 
 
 def test_one_build_serves_all_lengths():
@@ -93,7 +69,7 @@ def test_one_build_serves_all_lengths():
     generator = torch.Generator().manual_seed(3)
     for n in range(50):
         lengths = torch.randint(0, 2 * n % 37 + 2, (n % 5 + 1,), generator=generator).tolist()
-        check(source, "gla", lengths, padding=1 + n % 3, group=1 + n % 2)
+        check_forward(source, "gla", lengths, padding=1 + n % 3, group=1 + n % 2)
     assert run._prim_func.cache_info().misses - before <= len(source.kernels)
     assert digest == [hash(kernel.text) for kernel in source.kernels]
 

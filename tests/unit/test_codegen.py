@@ -35,6 +35,14 @@ def test_text_of_the_modules(name, golden):
         golden(f"tilelang_{kernel.name}.txt", kernel.text)
 
 
+def test_text_of_the_kernels_of_a_split(golden):
+    """Prepare stays what it is."""
+    kernels = {k.family: k for k in compile_op(zoo.get("kda"), schedule={"split": 8}).kernels}
+    for family in ("ends", "transitions", "carry"):
+        golden(f"tilelang_kda_split_{family}.txt", kernels[family].text)
+    assert kernels["prepare"] in compile_op(zoo.get("kda")).kernels
+
+
 def test_the_same_recurrence_gives_the_same_text():
     first, second = (compile_op(zoo.get("kda")) for _ in range(2))
     assert [k.text for k in first.kernels] == [k.text for k in second.kernels]
