@@ -100,13 +100,13 @@ class Tile:
     @cached_property
     def block_bytes(self) -> float:
         """What a block fetches for an iteration."""
-        kernel = replace(self.kernel, body=(), stores=(), before=())
+        kernel = replace(self.kernel, body=(), stores=(), before=(), after=())
         return bytes_a_token(kernel) * kernel.chunk_size / self.tiles
 
     def _bytes_alike(self, kernel: Kernel) -> float:
         """What a V tile fetches although another one does, too."""
         alike = tuple(s for s in kernel.loads if isinstance(s, Copy) and "tile" not in s.src)
-        return bytes_a_token(replace(kernel, loads=alike, body=(), stores=(), before=())) * (1 - 1 / self.tiles)
+        return bytes_a_token(replace(kernel, loads=alike, body=(), stores=(), before=(), after=())) * (1 - 1 / self.tiles)
 
 
 class Lowering:
