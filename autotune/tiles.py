@@ -106,7 +106,8 @@ class Tile:
     def _bytes_alike(self, kernel: Kernel) -> float:
         """What a V tile fetches although another one does, too."""
         alike = tuple(s for s in kernel.loads if isinstance(s, Copy) and "tile" not in s.src)
-        return bytes_a_token(replace(kernel, loads=alike, body=(), stores=(), before=(), after=())) * (1 - 1 / self.tiles)
+        fetched = replace(kernel, loads=alike, body=(), stores=(), before=(), after=())
+        return bytes_a_token(fetched) * (1 - 1 / self.tiles)
 
 
 class Lowering:
