@@ -102,6 +102,7 @@ class StudyStanding:
         self.study = study
         self.lines: dict[str, dict[str, dict[tuple, dict]]] = {rung: {} for rung in RUNGS}
         self.deaths: Counter[str] = Counter()
+        self.races: dict[tuple, dict[str, dict[str, dict]]] = {}  # finals by machine and shape, race and candidate
         self.default: str | None = None
         self.places: dict[Place, None] = {}  # in the order in which they came
 
@@ -111,6 +112,8 @@ class StudyStanding:
             key = (Place.of(line), line.get("workload", ""))
             self.places[key[0]] = None
         self.lines[rung].setdefault(candidate, {})[key] = line
+        if rung == "final" and line["verdict"] == "kept":
+            self.races.setdefault(key, {}).setdefault(line.get("race", ""), {})[candidate] = line
         self.deaths[candidate] += "death" in line
         if line.get("default"):
             self.default = candidate
@@ -173,12 +176,18 @@ class StudyStanding:
     def ranking(self, place: Place, workload: str) -> list[Timed]:
         """Those of the finals, or where there were none of the screening: the one to use, then the fastest first."""
         times = self.times(place, workload)
-        finals = {c: t for c, t in times.items() if t.rung == "final"}
+        finals = {c: t for c, t in self._last_race(place, workload).items() if c in times}
         ranked = sorted((finals or times).values(), key=lambda t: (t.ms, t.candidate != self.default, t.candidate))
         if finals:
             best = winner({c: t.interval for c, t in finals.items()}, self.twin(self.default), self._effort)
             ranked.sort(key=lambda t: t.candidate != best)
         return ranked
+
+    def _last_race(self, place: Place, workload: str) -> dict[str, Timed]:
+        """The finals that were run together, the last time that all of them came to an end."""
+        races = self.races.get((place, workload), {}).values()
+        whole = [run for run in races if all(line.get("among", len(run)) == len(run) for line in run.values())]
+        return {c: Timed.of(line) for c, line in whole[-1].items()} if whole else {}
 
     def _effort(self, candidate: str) -> int:
         return distance(self.schedule(candidate), self.schedule(self.default))

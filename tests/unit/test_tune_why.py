@@ -103,6 +103,17 @@ def test_a_pick_of_the_model_that_was_never_timed(folder):
     assert shape(why(folder))["model"].endswith("not timed (correct was its last rung)")
 
 
+def test_only_finals_of_one_race_are_compared(folder):
+    """The last one that is whole: another day the device was faster, or a race was cut off."""
+    default, other = tune_logs.candidates()[0], candidate(32, 32, 3)
+    for c, ms in ((default, 0.2), (other, 0.19)):
+        final(folder, c, ms, race="a", among=2)
+    said = shape(why(folder))
+    assert said["winner"].startswith("0.190 ms") and said["runner-up"].startswith("0.200 ms")
+    final(folder, candidate(32, 64, 3), 0.01, race="b", among=2)
+    assert shape(why(folder))["winner"].startswith("0.190 ms")
+
+
 def test_a_device_that_was_not_steady(folder):
     final(folder, candidate(32, 32, 3), 0.4, unsteady="throttled: power")
     assert shape(why(folder))["caution"] == "the device was not steady: throttled: power"
