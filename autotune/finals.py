@@ -37,7 +37,10 @@ def _failed(session: Session, candidate: str, workload: Workload) -> bool:
 
 
 def _open(session: Session, workload: Workload) -> bool:
+    """Whether a race is due; one alone has nothing to win, and would stand in the place of a race among several."""
     names = contenders(session, workload)
+    if len(names) == 1:
+        return not session.known.was_raced(names[0], workload)
     return bool(names) and not session.raced(workload, names)
 
 

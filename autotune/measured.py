@@ -134,6 +134,12 @@ class Measured:
         runs = {(line.get("race"), line.get("among")) for line in lines if line}
         return lines if len(runs) == 1 and all(lines) and runs.pop()[1] == len(contenders) else []
 
+    def was_raced(self, candidate: str, workload: Workload) -> bool:
+        """Whether it was in finals there that were whole, whoever else was in them."""
+        last = self.found(candidate, "final", workload)
+        race = [x for x in self.lines if last and x["rung"] == "final" and x.get("race") == last.get("race")]
+        return last is not None and len(race) == last.get("among", 1)
+
 
 def relative(line: dict) -> float:
     """A screened time over the default's on the same device, or where there is none the time itself."""

@@ -391,6 +391,17 @@ def test_finals_can_be_left_for_later(folder, device):
     assert found(folder, "screen", BEST) and not found(folder, "final")
 
 
+def test_the_default_alone_does_not_race_again_in_the_place_of_a_race_among_several(folder, device):
+    run(folder, device)
+    before = found(folder, "final")
+    for line in found(folder, "screen"):
+        if line["candidate"] != DEFAULT.id:
+            figures = {n: line[n] for n in ("under", "workload", "ms", "calls", "relative", "stopped", "on")}
+            folder.log.append(TASK.name, line["candidate"], "screen", "rejected", "2x the best", **figures)
+    run(folder, device)
+    assert found(folder, "final") == before
+
+
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 MEASURE = """
