@@ -38,6 +38,8 @@ VARIANTS = {
     "stages3": {"stages": 3},
     "pipelined": {"scan_skeleton": "scan_pipelined"},
     "split": {"output": "split"},
+    "segments16": {"split": 16},
+    "segments64": {"split": 64},
 }
 
 
