@@ -1,0 +1,134 @@
+"""What every layer is made of: linear maps, norms, the dense MLP, the short convolution, attention residuals.
+
+Parameters are left as memory was; a model gives them their first values (kdagen.models.initial).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kdagen.models.layout import Layout
+
+
+class Linear(nn.Linear):
+    """A linear map without bias, [out, in], not initialised."""
+
+    def __init__(self, inside: int, outside: int):
+        super().__init__(inside, outside, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def wide(x):
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the division in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(wide(x), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+class GatedRMSNorm(RMSNorm):
+    """A head's output, normalised and gated by a sigmoid, all in float32."""
+
+    def forward(self, x, gate):
+        normed = F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps)
+        return (normed * wide(gate).sigmoid()).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x), up(x)))."""
+
+    def __init__(self, config, size: int):
+        super().__init__()
+        self.gate_proj, self.up_proj = Linear(config.hidden_size, size), Linear(config.hidden_size, size)
+        self.down_proj = Linear(size, config.hidden_size)
+        self.activation = Activation(config)
+
+    def forward(self, x):
+        return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)))
+
+
+class Activation:
+    """silu(g) u; or "situ", with both parts bounded: b tanh(g / b) sigmoid(g) * l tanh(u / l)."""
+
+    def __init__(self, config):
+        self.name = config.hidden_act
+        self.beta, self.linear_beta = config.activation_situ_beta, config.activation_situ_linear_beta
+
+    def __call__(self, g, u):
+        if self.name == "silu":
+            return F.silu(g) * u
+        gate = self.beta * torch.tanh(g / self.beta) * torch.sigmoid(g)
+        return gate * (u if self.linear_beta is None else self.linear_beta * torch.tanh(u / self.linear_beta))
+
+
+class ShortConvolution(nn.Module):
+    """Each channel a causal sum over the last few tokens, then SiLU. The state: inputs before, [N, width - 1, C]."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+
+    def new_state(self, sequences: int, dtype, device):
+        """Zeros: before a sequence there is nothing."""
+        channels, _, width = self.weight.shape
+        return torch.zeros(sequences, width - 1, channels, dtype=dtype, device=device)
+
+    def forward(self, x, layout: Layout, state=None):
+        """The same shape as x, [B, T, C]; a state is replaced."""
+        past = self.weight.shape[-1] - 1
+        before = self.new_state(layout.sequences, x.dtype, x.device) if state is None else state
+        if layout.ends is None:
+            seen = torch.cat([before, x], 1)
+            found, last = self.convolved(seen), seen[:, seen.shape[1] - past :]
+        else:  # each sequence behind its own past
+            parts = [torch.cat([before[n], x[0, piece]]) for n, piece in enumerate(layout.pieces)]
+            whole = self.convolved(torch.cat(parts).unsqueeze(0))
+            starts = [piece.start + n * past for n, piece in enumerate(layout.pieces)]
+            rows = [whole[:, at : at + len(part) - past] for at, part in zip(starts, parts)]
+            found, last = torch.cat(rows, 1), torch.stack([part[len(part) - past :] for part in parts])
+        if state is not None:
+            state.copy_(last)
+        return F.silu(found)
+
+    def convolved(self, seen):
+        """Sums over each token and those before it; the first tokens have too few, and no sum."""
+        weight, tokens = self.weight[:, 0].unbind(-1), seen.shape[1] - self.weight.shape[-1] + 1
+        found = seen[:, :tokens] * weight[0]
+        for i, w in enumerate(weight[1:], 1):
+            found = torch.addcmul(found, seen[:, i : i + tokens], w)
+        return found
+
+
+def attended(sources: list, proj: Linear, norm: RMSNorm):
+    """sum_i p_i v_i, p = softmax_i <w, RMSNorm(v_i)> in float32."""
+    values = torch.stack(sources)
+    weights = torch.softmax(wide(norm(values)) @ wide(proj.weight[0]), 0)
+    return (weights.unsqueeze(-1) * wide(values)).sum(0).to(values.dtype)
+
+
+def kept_wide(module: nn.Module, fn, recurse: bool, names: tuple[str, ...]):
+    """nn.Module._apply, after which the named tensors of a module are in float32 at least, whatever `fn` casts to."""
+    if recurse:
+        for child in module.children():
+            child._apply(fn)
+    named = [getattr(module, name) for name in names]
+    kept = {id(x) for tensor in named for x in (tensor, tensor.grad)}
+
+    def apply(tensor):
+        found = fn(tensor)
+        is_wide = found.dtype == torch.promote_types(found.dtype, torch.float32)
+        return found if is_wide or id(tensor) not in kept else tensor.to(found.device)
+
+    return nn.Module._apply(module, apply, recurse=False)
