@@ -23,14 +23,14 @@ UNUSED = (
 )
 
 # Fields that must have one value, if they are there: another asks for what these models do not have.
-FIXED = {"attention_bias": (False,), "attention_dropout": (0, None), "rope_scaling": (None,), "layer_types": (None,)}
-FIXED["mlp_layer_types"] = (None,)
+FIXED = {"attention_bias": (False,), "attention_dropout": (0, None), "rope_scaling": (None,)}
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank"),
     *("qk_nope_head_dim", "v_head_dim", "moe_layer_freq"),
 )
-KINDS = {"linear_attention": False, "full_attention": True}
+KINDS = {"linear_attention": "kda_layers", "full_attention": "full_attn_layers"}
+MLPS = {"dense": True, "sparse": False}
 
 
 def from_json(found: dict, where: str) -> Config:
@@ -70,32 +70,42 @@ def _tuple(value):
 
 
 def respelled(found: dict, where: str) -> dict:
-    """What transformers 5 writes, in the names of the release."""
-    if "linear_attn_config" in found or "layer_types" not in found:
-        return dict(found)
+    """What transformers 5 writes, in the names of the release; both may be there, if they agree."""
     found = dict(found)
-    kinds = found.pop("layer_types")
-    if wrong := sorted({str(kind) for kind in kinds} - set(KINDS)):
-        raise ArgumentError(f"{where}: layer_types hold {', '.join(wrong)}: expected {' or '.join(KINDS)}")
-    full = [KINDS[kind] for kind in kinds]
-    linear = {
-        "full_attn_layers": [n for n, is_full in enumerate(full, 1) if is_full],
-        "kda_layers": [n for n, is_full in enumerate(full, 1) if not is_full],
-    }
-    for name, theirs in (
-        ("head_dim", "head_dim"),
-        ("num_heads", "num_heads"),
-        ("short_conv_kernel_size", "conv_kernel_dim"),
-    ):
-        if f"linear_{theirs}" in found:
-            linear[name] = found.pop(f"linear_{theirs}")
-    dense = [kind == "dense" for kind in found.pop("mlp_layer_types", None) or ["dense", *["sparse"] * (len(full) - 1)]]
-    first = dense.index(False) if False in dense else len(dense)
-    if any(dense[first:]):
-        raise ArgumentError(
-            f"{where}: mlp_layer_types has a dense layer after a sparse one: expected dense layers first"
-        )
-    return found | {"linear_attn_config": linear, "first_k_dense_replace": first}
+    theirs = {name: found.pop(f"linear_{name}") for name in ("head_dim", "num_heads") if f"linear_{name}" in found}
+    if "linear_conv_kernel_dim" in found:
+        theirs["short_conv_kernel_size"] = found.pop("linear_conv_kernel_dim")
+    kinds = _kinds(found.pop("layer_types", None), KINDS, "layer_types", where)
+    if kinds is not None:
+        theirs |= {name: [n for n, k in enumerate(kinds, 1) if k == name] for name in KINDS.values()}
+    if theirs:
+        linear = found.get("linear_attn_config") or {}
+        found["linear_attn_config"] = _agreed(linear, theirs, where)
+    dense = _kinds(found.pop("mlp_layer_types", None), MLPS, "mlp_layer_types", where)
+    if dense is not None:
+        first = dense.index(False) if False in dense else len(dense)
+        if any(dense[first:]):
+            raise ArgumentError(
+                f"{where}: mlp_layer_types has a dense layer after a sparse one: expected dense layers first"
+            )
+        found = _agreed(found, {"first_k_dense_replace": first}, where)
+    return found
+
+
+def _kinds(kinds: list | None, legal: dict, name: str, where: str) -> list | None:
+    if wrong := sorted({str(kind) for kind in kinds or ()} - set(legal)):
+        raise ArgumentError(f"{where}: {name} hold {', '.join(wrong)}: expected {' or '.join(legal)}")
+    return kinds and [legal[kind] for kind in kinds]
+
+
+def _agreed(own: dict, theirs: dict, where: str) -> dict:
+    for name, value in theirs.items():
+        if own.get(name, value) != value:
+            raise ArgumentError(
+                f"{where}: {name} is {own[name]!r}, but what transformers writes beside it says {value!r}: expected one "
+                f"of both, or that they agree"
+            )
+    return own | theirs
 
 
 def to_json(config: Config) -> dict:
