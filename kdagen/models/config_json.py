@@ -102,8 +102,8 @@ def _agreed(own: dict, theirs: dict, where: str) -> dict:
     for name, value in theirs.items():
         if own.get(name, value) != value:
             raise ArgumentError(
-                f"{where}: {name} is {own[name]!r}, but what transformers writes beside it says {value!r}: expected one "
-                f"of both, or that they agree"
+                f"{where}: {name} is {own[name]!r}, but what transformers writes beside it says {value!r}: expected "
+                f"one of both, or that they agree"
             )
     return own | theirs
 

@@ -62,7 +62,7 @@ CONFIGS = {
     r"config: mlp_layer_types has a dense layer after a sparse one: expected dense layers first": THEIRS
     | {"mlp_layer_types": ["sparse", "dense"]},
     r"config: mlp_layer_types hold odd: expected dense or sparse": THEIRS | {"mlp_layer_types": ["odd", "dense"]},
-    r"config: first_k_dense_replace is 2, but what transformers writes beside it says 1: expected one of both, or": THEIRS
+    r"config: first_k_dense_replace is 2, but what transformers writes beside it says 1: expected one of both": THEIRS
     | {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 2},
 }
 
