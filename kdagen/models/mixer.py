@@ -52,6 +52,7 @@ class Mixer(nn.Module):
         rate = 2 if c.allow_neg_eigval else 1
         self.recurrence = recurrence_of(c.mixer, c.head_dim, c.gate_kind, rate, c.gate_lower_bound)
         self.inputs, self.rate = inputs(self.recurrence), rate
+        self.shapes = any(i.shape in ("decay", "rate", "range") for i in self.inputs)
         self.wide: list[str] = []  # parameters that stay in float32
         for i in self.inputs:
             self._build(i, config)
@@ -110,11 +111,11 @@ class Mixer(nn.Module):
 
     def scan(self, given: dict, layout: Layout, state: RecurrentState | None):
         """The op on its arguments; a state is replaced."""
-        dtype = next(x.dtype for x in given.values() if x.dim() > 2)
-        op = self.op(dtype)
-        if any(i.shape in ("decay", "rate", "range") for i in self.inputs):
-            gates = [name for name in op.signature.gating if given[name].dim() > 2]
-            given = given | {name: wide(given[name]) for name in gates}
+        dtype = next(given[i.name].dtype for i in self.inputs if i.kind == "vector")
+        op = op_of(self.recurrence, self.head_dim, "float16" if dtype == torch.float16 else "bfloat16", self.shapes)
+        if self.shapes:  # gates made here are in float32, and then kernels take all of them so
+            gating, tokens = op.signature.gating, [i.name for i in self.inputs if i.kind != "parameter"]
+            given |= {name: wide(given[name]) if name in gating else given[name].to(dtype) for name in tokens}
         if state is None:
             return op(**given, cu_seqlens=layout.cu_seqlens)[0]
         if layout.steps:
@@ -122,11 +123,6 @@ class Mixer(nn.Module):
         o, after = op(**given, cu_seqlens=layout.cu_seqlens, initial_state=state.state, output_final_state=True)
         state.state.copy_(after)
         return o
-
-    def op(self, dtype):
-        """The recurrence's op for tensors of a dtype."""
-        shaped = any(i.shape in ("decay", "rate", "range") for i in self.inputs)
-        return op_of(self.recurrence, self.head_dim, "float16" if dtype == torch.float16 else "bfloat16", shaped)
 
     def argument(self, i: Input, x, layout: Layout, state: RecurrentState | None):
         """The tensor of one argument: [B, T, heads, channels], [B, T, heads], or a parameter's [heads, ..]."""

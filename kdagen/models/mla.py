@@ -16,6 +16,7 @@ from kdagen.models.layers import Linear, RMSNorm, wide
 from kdagen.models.layout import Layout
 
 LATENT_EPS = 1e-6  # of the latents' norms, whatever rms_norm_eps says: so it is in the release
+KEY_ELEMENTS = 1 << 28  # of keys and values at a time: heads go one after another where latents are many
 MASK_ELEMENTS = 1 << 26  # of a mask at a time: queries behind a long past go in blocks
 
 
@@ -107,10 +108,18 @@ class LatentAttention(nn.Module):
         return layout.joined(parts)
 
     def expanded(self, q, latents, past: int):
-        """Keys and values of all tokens, each query behind `past` of them."""
-        kv = self.kv_b_proj(latents[..., : self.rank]).unflatten(-1, (self.heads, -1))
+        """By keys and values of all tokens, each query behind `past` of them; as many heads at a time as have room."""
+        weights = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        count = max(1, KEY_ELEMENTS // max(1, latents[..., 0].numel() * (self.own + self.shared + self.value)))
+        groups = [slice(h, h + count) for h in range(0, self.heads, count)]
+        parts = [self.heads_expanded(q[:, :, group], latents, weights[group], past) for group in groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def heads_expanded(self, q, latents, weights, past: int):
+        """The same for the heads of `weights`, [heads, key and value channels, rank]."""
+        kv = F.linear(latents[..., : self.rank], weights.flatten(0, 1)).unflatten(-1, weights.shape[:2])
         k, v = kv.split((self.own, self.value), -1)
-        shared = latents[..., self.rank :].unsqueeze(2).expand(-1, -1, self.heads, -1)
+        shared = latents[..., self.rank :].unsqueeze(2).expand(-1, -1, len(weights), -1)
         q, k, v = (x.transpose(1, 2) for x in (q, torch.cat([k, shared], -1), v))
         if not past:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
@@ -118,10 +127,9 @@ class LatentAttention(nn.Module):
         position = torch.arange(keys, device=q.device)
         parts = []
         for i in range(0, q.shape[2], rows):
-            mine = position[past + i : past + min(i + rows, q.shape[2])]
-            mask = position <= mine.unsqueeze(1)
+            mask = position <= position[past + i : past + min(i + rows, q.shape[2])].unsqueeze(1)
             parts.append(F.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, mask, scale=self.scale))
-        return torch.cat(parts, 2).transpose(1, 2)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2)
 
     def absorbed(self, q, latents, layout: Layout):
         """One query of each sequence, [N, 1, heads, ..], on the latents themselves."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import close, model, tokens
 
-from kdagen.models import Cache
+from kdagen.models import Cache, mla
 
 TOKENS = tokens(3, 60)
 KINDS = {
@@ -74,6 +74,17 @@ def test_over_a_file(small, tmp_path):
     assert again.lengths == [20, 20, 20]
     for t, logits in zip(range(20, 24), expected):
         assert torch.equal(small(TOKENS[:, t : t + 1], cache=again), logits)
+
+
+@torch.no_grad()
+def test_long_pasts(monkeypatch):
+    """Heads, and queries behind a past, go in blocks where there are many: the same."""
+    small = model(linear={"ratio": 0})
+    expected, cache = small(TOKENS), small.new_cache(3)
+    monkeypatch.setattr(mla, "MASK_ELEMENTS", 200)
+    monkeypatch.setattr(mla, "KEY_ELEMENTS", 100)
+    found = [small(TOKENS[:, a:b], cache=cache) for a, b in ((0, 17), (17, 60))]
+    assert close(torch.cat(found, 1), expected)
 
 
 @torch.no_grad()
