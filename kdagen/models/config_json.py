@@ -135,8 +135,9 @@ def _list(value):
 
 def check(config: Config) -> None:
     """Refuses fields that contradict each other, or that ask for what is not served."""
-    for problem in (*_sizes(config), *_layers(config), *_choices(config), *_experts(config)):
-        raise ArgumentError(f"config: {problem}")
+    for problems in (_sizes, _layers, _choices, _experts):
+        for problem in problems(config):
+            raise ArgumentError(f"config: {problem}")
 
 
 def _sizes(c: Config):

@@ -109,6 +109,8 @@ class LatentAttention(nn.Module):
 
     def expanded(self, q, latents, past: int):
         """By keys and values of all tokens, each query behind `past` of them; as many heads at a time as have room."""
+        if not q.shape[1]:
+            return q.new_empty(*q.shape[:-1], self.value)
         weights = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
         count = max(1, KEY_ELEMENTS // max(1, latents[..., 0].numel() * (self.own + self.shared + self.value)))
         groups = [slice(h, h + count) for h in range(0, self.heads, count)]

@@ -32,7 +32,8 @@ def shaken(model, seed: int = 0):
     draw = torch.Generator().manual_seed(seed)
     for name, x in model.state_dict().items():
         if x.ndim > 1 and not name.endswith("A_log"):
-            x.copy_(torch.randn(x.shape, generator=draw) * x.shape[-1] ** -0.5)
+            size = 1.0 if "embed_tokens" in name else x.shape[-1] ** -0.5
+            x.copy_(torch.randn(x.shape, generator=draw) * size)
         elif name.endswith(("A_log", "dt_bias", "e_score_correction_bias")):
             x.copy_(torch.randn(x.shape, generator=draw) * 0.5)
         else:

@@ -44,7 +44,7 @@ TOKENS = tokens(2, 150).clamp(min=1)  # 0 is padding
 def pair(request, tmp_path_factory):
     """A model of transformers and the same one, read from what it saved."""
     folder = tmp_path_factory.mktemp(f"kimi{request.param}")
-    theirs = transformers.KimiLinearForCausalLM(transformers.KimiLinearConfig(**BASE, **CASES[request.param])).float()
+    theirs = transformers.KimiLinearForCausalLM(transformers.KimiLinearConfig(**BASE | CASES[request.param])).float()
     shaken(theirs)
     theirs.save_pretrained(folder)
     return theirs, KimiLinear.from_pretrained(folder), folder

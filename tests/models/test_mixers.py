@@ -14,7 +14,7 @@ OWN = """
 import kdagen as kg
 
 @kg.recurrence
-def own(S, query, key, value, keep: kg.Scalar(lower=0.5, upper=1.0), amount, f: kg.Channel, g, gain):
+def own(S, query, key, value, keep: kg.Scalar(lower=0.5, upper=1.0), amount, f: kg.Channel, g, gain: kg.HeadParameter):
     S = kg.diag(kg.exp(g)) @ (keep * S)
     S = S + kg.outer(key, amount * (value - S.T @ (key * f)))
     return S, S.T @ query + kg.exp(gain) * value
