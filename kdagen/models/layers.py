@@ -104,7 +104,10 @@ class ShortConvolution(nn.Module):
 
     def convolved(self, seen):
         """Sums over each token and those before it; the first tokens have too few, and no sum."""
-        weight, tokens = self.weight[:, 0].unbind(-1), seen.shape[1] - self.weight.shape[-1] + 1
+        tokens = seen.shape[1] - self.weight.shape[-1] + 1
+        if tokens == 1:
+            return (seen * self.weight[:, 0].mT).sum(1, keepdim=True)
+        weight = self.weight[:, 0].unbind(-1)
         found = seen[:, :tokens] * weight[0]
         for i, w in enumerate(weight[1:], 1):
             found = torch.addcmul(found, seen[:, i : i + tokens], w)

@@ -122,16 +122,18 @@ class LatentAttention(nn.Module):
         kv = F.linear(latents[..., : self.rank], weights.flatten(0, 1)).unflatten(-1, weights.shape[:2])
         k, v = kv.split((self.own, self.value), -1)
         shared = latents[..., self.rank :].unsqueeze(2).expand(-1, -1, len(weights), -1)
+        v = F.pad(v, (0, q.shape[-1] - self.value)) if q.shape[-1] > self.value else v  # fused kernels want one size
         q, k, v = (x.transpose(1, 2) for x in (q, torch.cat([k, shared], -1), v))
         if not past:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            return o.transpose(1, 2)[..., : self.value]
         keys, rows = k.shape[2], max(1, MASK_ELEMENTS // k.shape[2])
         position = torch.arange(keys, device=q.device)
         parts = []
         for i in range(0, q.shape[2], rows):
             mask = position <= position[past + i : past + min(i + rows, q.shape[2])].unsqueeze(1)
             parts.append(F.scaled_dot_product_attention(q[:, :, i : i + rows], k, v, mask, scale=self.scale))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2)[..., : self.value]
 
     def absorbed(self, q, latents, layout: Layout):
         """One query of each sequence, [N, 1, heads, ..], on the latents themselves."""
