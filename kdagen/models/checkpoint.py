@@ -6,7 +6,6 @@ All names and shapes are compared before a number is read; then tensors are read
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -35,18 +34,15 @@ def load(cls, folder, dtype=None, device="cpu"):
     config = Config.load(folder)
     with torch.device("meta"):
         model = cls(config)
-    where = locate(folder)
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_opened(folder / path)) for path in sorted(set(where.values()))}
-        expected = inventory(model)
-        written = {own_name(name, expected): name for name in where}
-        shapes = {own: tuple(files[where[name]].get_slice(name).get_shape()) for own, name in written.items()}
-        compare(expected, shapes, str(folder))
-        if dtype is None:
-            dtype = DTYPES[files[where[EMBEDDING]].get_slice(EMBEDDING).get_dtype()]
-        model.to(dtype)  # on meta: says which dtype each parameter has, and holds nothing
-        for own, name in sorted(written.items(), key=lambda names: where[names[1]]):
-            put(model, own, files[where[name]].get_tensor(name), device)
+    shards = read_headers(folder)
+    expected = inventory(model)
+    found = {own_name(name, expected): entry for shard in shards.values() for name, entry in shard.items()}
+    compare(expected, {name: shape for name, (shape, _) in found.items()}, str(folder))
+    model.to(dtype or DTYPES[found[EMBEDDING][1]])  # on meta: says which dtype each parameter has, and holds nothing
+    for path, shard in shards.items():
+        with _opened(folder / path) as file:  # one at a time, for pages of a file that is open count as memory
+            for name in shard:
+                put(model, own_name(name, expected), file.get_tensor(name), device)
     return model.eval()
 
 
@@ -61,21 +57,22 @@ def own_name(name: str, expected: dict) -> str:
     return other if name not in expected and other in expected else name
 
 
-def locate(folder: Path) -> dict[str, str]:
-    """The file of each tensor."""
+def read_headers(folder: Path) -> dict[str, dict]:
+    """The shape and dtype of each tensor in each file of a checkpoint."""
     if (folder / INDEX).is_file():
-        where = json.loads((folder / INDEX).read_text())["weight_map"]
-        if lost := sorted({path for path in where.values() if not (folder / path).is_file()}):
+        paths = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        if lost := [path for path in paths if not (folder / path).is_file()]:
             raise ArgumentError(f"{folder}: {INDEX} names {', '.join(lost)}, which is not there: expected all shards")
-        inside: dict = {}
-        for path in sorted(set(where.values())):
-            with _opened(folder / path) as file:
-                inside |= dict.fromkeys(file.keys(), path)
-        return inside
-    if (folder / SINGLE).is_file():
-        with _opened(folder / SINGLE) as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    raise ArgumentError(f"{folder}: expected {SINGLE}, or {INDEX} and its shards")
+    elif (folder / SINGLE).is_file():
+        paths = [SINGLE]
+    else:
+        raise ArgumentError(f"{folder}: expected {SINGLE}, or {INDEX} and its shards")
+    found: dict = {}
+    for path in paths:
+        with _opened(folder / path) as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found[path] = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+    return found
 
 
 def _opened(path: Path):

@@ -76,6 +76,9 @@ class SparseMLP(nn.Module):
     def routed(self, rows):
         """Each expert once, on all of its rows."""
         weights, chosen = self.gate(rows)
+        if len(rows) == 1:
+            parts = [w * self.experts[e](rows) for e, w in zip(chosen[0].tolist(), weights[0])]
+            return torch.stack(parts).sum(0).to(rows.dtype)
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         source, weights = order // chosen.shape[1], weights.flatten()[order].unsqueeze(-1)

@@ -1,6 +1,8 @@
 """Checkpoints: what is saved is read, in shards or one file; the whole inventory of the released model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,3 +86,30 @@ def test_parameters_stay_in_float32():
     small.to(torch.bfloat16).float()
     assert torch.equal(small.model.layers[0].self_attn.A_log, before)
     assert small.double().model.layers[0].self_attn.A_log.dtype == torch.float64
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from kdagen.models import KimiLinear
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+KimiLinear.from_pretrained(sys.argv[1])  # what reading any model loads
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+model = KimiLinear.from_pretrained(sys.argv[2])
+print((resident("VmHWM") - before) * 1024 / sum(x.numel() * x.element_size() for x in model.state_dict().values()))
+"""
+
+
+def test_memory(tmp_path):
+    """Reading takes the room of the model and of a shard, not of two models."""
+    model().save_pretrained(tmp_path / "small")
+    large = model({"ratio": None, "num_heads": 16}, hidden_size=512, intermediate_size=2048, num_experts=0)
+    large.save_pretrained(tmp_path / "large", 8 << 20)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large")]
+    assert 0.9 < float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 1.4

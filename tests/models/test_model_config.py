@@ -1,9 +1,13 @@
 """The released config.json: what is read is written again; patterns of layers; transformers' spelling."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 from small_models import SMALL, config
 
+import kdagen
 from kdagen.models import Config, LinearAttention
 
 FULL = [4, 8, 12, 16, 20, 24, 27]
@@ -101,3 +105,12 @@ def test_the_spelling_of_transformers():
     assert (linear.head_dim, linear.num_heads, linear.short_conv_kernel_size) == (32, 2, 3)
     assert linear.kda_layers == (1, 3) and linear.full_attn_layers == (2,)
     assert Config.of(found.json()) == found
+
+
+def test_nothing_is_imported_before_it_is_used():
+    """Configs are read without torch, and no room of the compiler or the runtime knows of models."""
+    script = "import sys; from kdagen.models import Config; Config(); print({'torch', 'sympy'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
+    package = Path(kdagen.__file__).parent
+    others = [path for path in package.glob("*/**/*.py") if package / "models" not in path.parents]
+    assert len(others) > 100 and not [path for path in others if "kdagen.models" in path.read_text()]
