@@ -107,3 +107,34 @@ def test_options_of_kda():
         assert small(TOKENS).isfinite().all()
     names = {name for name, _ in small.model.layers[0].self_attn.named_parameters()}
     assert {"g_proj.weight", "f_proj.weight"} <= names and not {"g_a_proj.weight", "f_b_proj.weight"} & names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet", "mamba2", "rwkv7", "gdn2"])
+def test_in_bfloat16(name):
+    """States, gates and parameters of the head stay in float32; outputs are those of float32 but for rounding."""
+    exact = model({"mixer": name}, num_experts=0)
+    rounded = model({"mixer": name}, num_experts=0).to(torch.bfloat16)
+    expected, cache = exact(TOKENS), rounded.new_cache(2)
+    parts = [rounded(TOKENS[:, a:b], cache=cache) for a, b in ((0, 30), (30, 31), (31, 40))]
+    found = torch.cat(parts, 1)
+    assert found.dtype == torch.bfloat16 and cache.layers[0].state.dtype == torch.float32
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet"])
+def test_gradients_of_ragged_batches_and_under_autocast(name):
+    small = model({"mixer": name}, num_experts=0)
+    weight = small.model.layers[0].self_attn.k_proj.weight
+
+    def gradient(run):
+        small.zero_grad()
+        run().float().square().mean().backward()
+        return weight.grad.clone()
+
+    whole = gradient(lambda: small(TOKENS))
+    ends = torch.tensor([0, 40, 80])
+    assert close(gradient(lambda: small(TOKENS.view(1, 80), cu_seqlens=ends)), whole)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = gradient(lambda: small(TOKENS))
+    assert (rounded - whole).norm() < 0.1 * whole.norm()
