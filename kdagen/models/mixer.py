@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from kdagen.models.layers import GatedRMSNorm, Linear, ShortConvolution, kept_wide, wide
+from kdagen.models.fused import fused
+from kdagen.models.layers import GatedRMSNorm, Linear, ShortConvolution, kept_wide
 from kdagen.models.layout import Layout
 from kdagen.models.roles import Input, inputs, recurrence_of
 
@@ -35,11 +35,11 @@ class RecurrentState:
 
 
 @cache
-def op_of(recurrence, head_dim: int, dtype: str, wide_gates: bool):
-    """The op of a recurrence; layers alike share it."""
+def op_of(recurrence, head_dim: int, half: bool = False):
+    """The op of a recurrence, on GPUs in bfloat16 or float16; layers alike share it."""
     import kdagen
 
-    return kdagen.compile(recurrence, head_dim=head_dim, dtype=dtype, gate_dtype="float32" if wide_gates else None)
+    return kdagen.compile(recurrence, head_dim=head_dim, dtype="float16" if half else "bfloat16")
 
 
 class Mixer(nn.Module):
@@ -50,9 +50,8 @@ class Mixer(nn.Module):
         c = config.linear_attn_config
         self.heads, self.head_dim = c.num_heads, c.head_dim
         rate = 2 if c.allow_neg_eigval else 1
-        self.recurrence = recurrence_of(c.mixer, c.head_dim, c.gate_kind, rate, c.gate_lower_bound)
-        self.inputs, self.rate = inputs(self.recurrence), rate
-        self.shapes = any(i.shape in ("decay", "rate", "range") for i in self.inputs)
+        recurrence = recurrence_of(c.mixer, c.head_dim, c.gate_kind, rate, c.gate_lower_bound)
+        self.inputs, self.recurrence = inputs(recurrence), fused(recurrence, rate)
         self.wide: list[str] = []  # parameters that stay in float32
         for i in self.inputs:
             self._build(i, config)
@@ -78,15 +77,9 @@ class Mixer(nn.Module):
             setattr(self, f"{i.module}_proj", Linear(config.hidden_size, size))
         if i.kind == "vector":
             setattr(self, f"{i.module}_conv1d", ShortConvolution(size, c.short_conv_kernel_size))
-        if i.shape == "decay" and i.kind != "parameter":
-            self._parameter(self._own("A_log", i), self.heads)
-            self._parameter(self._own("dt_bias", i), size)
-
-    def _own(self, name: str, i: Input) -> str:
-        """The name of a parameter that is the layer's, not the recurrence's; with the argument's if there are more."""
-        same = [other for other in self.inputs if other.shape == "decay" and other.kind != "parameter"]
-        taken = any(other.name == name for other in self.inputs)
-        return f"{i.module}_{name}" if taken or len(same) > 1 else name
+        if i.own:
+            self._parameter(i.own[0], self.heads)
+            self._parameter(i.own[1], size)
 
     def _parameter(self, name: str, size: int) -> None:
         shape = (1, 1, size, 1) if name == "A_log" else (size,)  # as the release has it
@@ -105,17 +98,13 @@ class Mixer(nn.Module):
         return RecurrentState(state, convolutions)
 
     def forward(self, x, layout: Layout, state: RecurrentState | None = None):
-        o = self.scan({i.name: self.argument(i, x, layout, state) for i in self.inputs}, layout, state)
+        o = self.scan(self.arguments(x, layout, state), layout, state)
         gate = self.g_proj(x) if self.full_rank_gate else self.g_b_proj(self.g_a_proj(x))
         return self.o_proj(self.o_norm(o, gate.view(o.shape)).flatten(-2))
 
     def scan(self, given: dict, layout: Layout, state: RecurrentState | None):
         """The op on its arguments; a state is replaced."""
-        dtype = next(given[i.name].dtype for i in self.inputs if i.kind == "vector")
-        op = op_of(self.recurrence, self.head_dim, "float16" if dtype == torch.float16 else "bfloat16", self.shapes)
-        if self.shapes:  # gates made here are in float32, and then kernels take all of them so
-            gating, tokens = op.signature.gating, [i.name for i in self.inputs if i.kind != "parameter"]
-            given |= {name: wide(given[name]) if name in gating else given[name].to(dtype) for name in tokens}
+        op = op_of(self.recurrence, self.head_dim, any(x.dtype == torch.float16 for x in given.values()))
         if state is None:
             return op(**given, cu_seqlens=layout.cu_seqlens)[0]
         if layout.steps:
@@ -124,37 +113,32 @@ class Mixer(nn.Module):
         state.state.copy_(after)
         return o
 
-    def argument(self, i: Input, x, layout: Layout, state: RecurrentState | None):
-        """The tensor of one argument: [B, T, heads, channels], [B, T, heads], or a parameter's [heads, ..]."""
-        if i.kind == "parameter":
-            found = getattr(self, i.name).to(torch.promote_types(x.dtype, torch.float32))
-            return self.shaped(i, found.view(self.heads, *([self.head_dim] if i.axis else [])))
+    def arguments(self, x, layout: Layout, state: RecurrentState | None) -> dict:
+        """The op's arguments: [B, T, heads, channels] and [B, T, heads] a token, parameters of the head [heads, ..]."""
+        given = {}
+        for i in self.inputs:
+            if i.kind == "parameter":
+                given[i.name] = self.of_head(i.name, i.axis, x.dtype)
+                continue
+            found = self.projected(i, x)
+            if i.kind == "vector":
+                past = None if state is None else state.convolutions[i.module]
+                found = getattr(self, f"{i.module}_conv1d")(found, layout, past)
+            given[i.name] = found.unflatten(-1, (self.heads, self.head_dim)) if i.axis else found
+            if i.own:
+                given |= {
+                    i.own[0]: self.of_head(i.own[0], "", x.dtype),
+                    i.own[1]: self.of_head(i.own[1], i.axis, x.dtype),
+                }
+        return given
+
+    def projected(self, i: Input, x):
+        """By a map of full rank, or two of low rank."""
         if hasattr(self, f"{i.module}_a_proj"):
-            found = getattr(self, f"{i.module}_b_proj")(getattr(self, f"{i.module}_a_proj")(x))
-        else:
-            found = getattr(self, f"{i.module}_proj")(x)
-        if i.kind == "vector":
-            past = None if state is None else state.convolutions[i.module]
-            found = getattr(self, f"{i.module}_conv1d")(found, layout, past)
-        return self.shaped(i, found.unflatten(-1, (self.heads, self.head_dim)) if i.axis else found)
+            return getattr(self, f"{i.module}_b_proj")(getattr(self, f"{i.module}_a_proj")(x))
+        return getattr(self, f"{i.module}_proj")(x)
 
-    def shaped(self, i: Input, x):
-        """What the recurrence does not do itself: norms, decays below 0, rates and ranges, in float32."""
-        if i.shape == "raw":
-            return x
-        if i.shape == "unit":
-            return (wide(x) * torch.rsqrt(wide(x).square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-        x = wide(x)
-        if i.shape == "rate":
-            return self.rate * x.sigmoid()
-        if i.shape == "range":
-            return i.lower + (i.upper - i.lower) * x.sigmoid()
-        g = -F.softplus(x) if i.kind == "parameter" else self.log_decay(i, x)
-        return g if i.logarithm else g.exp()
-
-    def log_decay(self, i: Input, x):
-        """-exp(A_log) softplus(x + dt_bias)."""
-        A_log, dt_bias = (wide(getattr(self, self._own(name, i))) for name in ("A_log", "dt_bias"))
-        shape = (self.heads, self.head_dim) if i.axis else (self.heads,)
-        rate = A_log.exp().view(self.heads, *([1] if i.axis else []))
-        return -rate * F.softplus(x + dt_bias.view(shape))
+    def of_head(self, name: str, axis: str, dtype):
+        """A parameter of the head, in float32 at least."""
+        found = getattr(self, name).to(torch.promote_types(dtype, torch.float32))
+        return found.view(self.heads, self.head_dim) if axis else found.view(self.heads)

@@ -2,12 +2,12 @@
 
 Found from the recurrence's own canonical form, so that any recurrence can be a layer: keys and values are projected and
 convolved, gates projected, parameters of the head learned. What the recurrence does itself (norms of keys, sigmoids,
-softplus) is left to it, and so to its kernels; the rest is done here.
+softplus) is left to it; the rest is made part of it (kdagen.models.fused).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 # What the release calls the projections of two arguments; used of any recurrence, unless an argument has that name.
@@ -23,10 +23,11 @@ class Input:
     module: str  # how the layer's parameters are called: `module`_proj and so on
     kind: str  # "vector" (a key or value), "channel" (a gate), "scalar" or "parameter" (of the head)
     axis: str  # "K", "V" or ""
-    shape: str  # "raw": as projected; "unit": divided by its norm; "decay", "rate", "range": see `shaped`
+    shape: str  # "raw": as projected; "unit": divided by its norm; "decay", "rate", "range": see fused.shaped
     lower: float | None = None
     upper: float | None = None
     logarithm: bool = True  # of a decay: whether the recurrence wants the log decay, or the factor
+    own: tuple[str, str] | None = None  # of a decay a token: the layer's parameters behind it, its rate and bias
 
 
 @cache
@@ -36,7 +37,15 @@ def inputs(recurrence) -> tuple[Input, ...]:
 
     form = canonical(recurrence)
     names = {a.name for a in form.arguments}
-    return tuple(_input(a, form, recurrence, names) for a in form.arguments)
+    found = [_input(a, form, recurrence, names) for a in form.arguments]
+    decays = [i for i in found if i.shape == "decay" and i.kind != "parameter"]
+    return tuple(replace(i, own=_own(i, len(decays), names)) if i in decays else i for i in found)
+
+
+def _own(i: Input, decays: int, names: set) -> tuple[str, str]:
+    """A_log and dt_bias, with the argument's name if there are others."""
+    plain = decays == 1 and not names & {"A_log", "dt_bias"}
+    return ("A_log", "dt_bias") if plain else (f"{i.module}_A_log", f"{i.module}_dt_bias")
 
 
 def _input(a, form, recurrence, names: set) -> Input:

@@ -6,6 +6,7 @@ from small_models import close, config, model, tokens
 
 from kdagen import zoo
 from kdagen.models import KimiLinear
+from kdagen.models.fused import fused
 from kdagen.models.roles import inputs
 
 TOKENS = tokens(2, 40)
@@ -86,8 +87,8 @@ def test_what_a_recurrence_does_itself_is_left_to_it():
 
 
 @torch.no_grad()
-def test_gates_inside_and_outside_of_the_kernels_are_one_layer(tmp_path):
-    """KDA on pre-activations, and the plain recurrence, whose gates, rates and norms the layer makes."""
+def test_the_plain_recurrence_becomes_the_layer_of_the_release(tmp_path):
+    """KDA on pre-activations, and the plain recurrence, to which gates, rates and norms are added by its roles."""
     path = tmp_path / "plain.py"
     path.write_text("from kdagen.zoo.kda import kda as plain\n")
     inside, outside = model({"ratio": None}), model({"ratio": None, "mixer": f"{path}:plain"})
@@ -95,6 +96,16 @@ def test_gates_inside_and_outside_of_the_kernels_are_one_layer(tmp_path):
     for layer in outside.model.layers:  # the output is normalised: the scale of q counts beside its epsilon alone
         layer.self_attn.o_norm.eps *= 16
     assert close(outside(TOKENS), inside(TOKENS))
+
+
+def test_what_is_made_part_of_a_recurrence():
+    found = fused(zoo.get("gated_deltanet"), 2)
+    assert found is fused(zoo.get("gated_deltanet"), 2) and fused(zoo.get("kda_softplus")) is zoo.get("kda_softplus")
+    assert [node.value for node in found.inputs] == ["q", "k", "v", "g", "beta", "A_log", "dt_bias"]
+    text = str(found)
+    assert "l2norm(q)" in text and "softplus(g + dt_bias)" in text and "2*sigmoid(beta)" in text.replace(" ", "")
+    pairs = [node.value for node in fused(zoo.get("deltaproduct")).inputs]
+    assert pairs == ["q", "k_1", "k_2", "v_1", "v_2", "beta_1", "beta_2", "g", "A_log", "dt_bias"]
 
 
 def test_options_of_kda():
@@ -124,7 +135,7 @@ def test_in_bfloat16(name):
 
 @pytest.mark.parametrize("name", ["kda", "gated_deltanet"])
 def test_gradients_of_ragged_batches_and_under_autocast(name):
-    small = model({"mixer": name}, num_experts=0)
+    small = KimiLinear(config({"mixer": name}, num_experts=0), seed=0)
     weight = small.model.layers[0].self_attn.k_proj.weight
 
     def gradient(run):
@@ -137,4 +148,4 @@ def test_gradients_of_ragged_batches_and_under_autocast(name):
     assert close(gradient(lambda: small(TOKENS.view(1, 80), cu_seqlens=ends)), whole)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = gradient(lambda: small(TOKENS))
-    assert (rounded - whole).norm() < 0.1 * whole.norm()
+    assert (rounded - whole).norm() < 0.06 * whole.norm()
