@@ -43,7 +43,7 @@ class Cache:
         for name, x in self.tensors().items():
             kind = name.split(".")[1]
             kind = {"state": "states", "conv": "convolutions"}.get(kind, kind)
-            used = x[:, :1].numel() // max(self.sequences, 1) * sum(self.lengths) if kind == "latents" else x.numel()
+            used = x.shape[-1] * sum(self.lengths) if kind == "latents" else x.numel()
             found[kind] += used * x.element_size()
         return found
 

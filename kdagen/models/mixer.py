@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import nn
 
+from kdagen.errors import RecurrenceError
 from kdagen.models.fused import fused
 from kdagen.models.layers import GatedRMSNorm, Linear, ShortConvolution, kept_wide
 from kdagen.models.layout import Layout
@@ -82,6 +83,11 @@ class Mixer(nn.Module):
             self._parameter(i.own[1], size)
 
     def _parameter(self, name: str, size: int) -> None:
+        if hasattr(self, name):
+            raise RecurrenceError(
+                f"recurrence '{self.recurrence.name}': its parameter '{name}' is called as something that every layer "
+                f"has: rename this argument"
+            )
         shape = (1, 1, size, 1) if name == "A_log" else (size,)  # as the release has it
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
         self.wide.append(name)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kdagen import ArgumentError
+from kdagen import ArgumentError, RecurrenceError
 from kdagen.models import Cache, Config, KimiLinear, LinearAttention
 from kdagen.models.checkpoint import INDEX
 
@@ -92,6 +92,21 @@ def test_configs_in_files_and_in_python(tmp_path):
 @pytest.fixture(scope="module")
 def small():
     return KimiLinear(Config.of(SMALL), seed=0)
+
+
+def test_mixers(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import kdagen as kg\n\n@kg.recurrence\ndef mine(S, q, k, v, heads: kg.HeadParameter):\n"
+        "    S = S + kg.outer(k, kg.sigmoid(heads) * v)\n    return S, S.T @ q\n"
+    )
+    linear = SMALL["linear_attn_config"] | {"mixer": f"{path}:mine"}
+    with pytest.raises(
+        RecurrenceError, match="recurrence 'mine': its parameter 'heads' is called as something that eve"
+    ):
+        KimiLinear(Config.of(SMALL | {"linear_attn_config": linear}))
+    with pytest.raises(RecurrenceError, match="no recurrence 'lstm' in the zoo"):
+        KimiLinear(Config.of(SMALL | {"linear_attn_config": linear | {"mixer": "lstm"}}))
 
 
 def test_tokens(small):

@@ -39,6 +39,9 @@ def test_the_inventory_of_the_release():
     assert found["model.layers.26.block_sparse_moe.experts.255.w2.weight"] == (2304, 1024)
     assert found["model.layers.1.block_sparse_moe.gate.e_score_correction_bias"] == (256,)
     assert found["model.layers.1.block_sparse_moe.shared_experts.up_proj.weight"] == (1024, 2304)
+    cache = whole.to(torch.bfloat16).new_cache(1)
+    cache.advance((1,))
+    assert cache.bytes == {"states": 40 << 20, "convolutions": 20 * 3 * 3 * 4096 * 2, "latents": 8064}
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20000])
