@@ -149,3 +149,20 @@ def test_gradients_of_ragged_batches_and_under_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         rounded = gradient(lambda: small(TOKENS))
     assert (rounded - whole).norm() < 0.06 * whole.norm()
+
+
+@pytest.mark.parametrize("name", ["kda", "gated_deltanet", "mamba2", "rwkv7"])
+def test_training(name):
+    """From its first values a model learns tokens by heart."""
+    linear = {"mixer": name, "ratio": None}
+    small = KimiLinear(config(linear, num_experts=0, num_hidden_layers=2, tie_word_embeddings=True), seed=0)
+    optimizer = torch.optim.Adam(small.parameters(), lr=2e-2)
+    losses = []
+    for _ in range(25):
+        logits = small(TOKENS[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 4 and losses[-1] < losses[0] / 2
