@@ -16,7 +16,7 @@ from kdagen.state import DEFAULT, StateType
 PROMPTS = ("1x8192x64", "1x8192x96", "1x8192x24", "1x8192x12", "1x65536x12", "1300+547+2048+963+271+3063:64")
 STEPS = ("1x1x32", "4x1x32", "16x1x32", "64x1x32", "256x1x32")  # of decoding: from one sequence to a server's batch
 SHAPES = {"inference": PROMPTS, "training": PROMPTS, "decode": STEPS}
-SMALL = ("1x2048x8", "1x256x8")  # for a CPU: calls of some ten milliseconds
+SMALL = ("1x2048x8", "1x256x8")  # for a CPU: calls of some ten milliseconds, minutes in all on two cores
 CPU_SHAPES = {"inference": SMALL, "training": SMALL, "decode": ("1x1x32", "8x1x32")}
 
 
@@ -95,7 +95,7 @@ def device_of(asked: Asked) -> str:
         return CPU
     for spec in asked.devices:
         if spec.startswith("replay:"):
-            return recorded(spec)
+            return recorded(spec).studies[0].task.device
     here = sorted({name for _, name in gpus_here()})
     if not here:
         raise ArgumentError(
@@ -115,12 +115,11 @@ def _named(name: str) -> gpus.Gpu:
     return gpu
 
 
-def recorded(spec: str) -> str:
-    """The device whose recording a replay is: that of the sweep beside it."""
+def recorded(spec: str) -> Sweep:
+    """The sweep whose recording a replay is: that beside the log."""
     from kdagen.autotune.folder import Folder
 
-    path = Path(spec.removeprefix("replay:").partition("?")[0])
-    return Folder(path.parent).sweep.studies[0].task.device
+    return Folder(Path(spec.removeprefix("replay:").partition("?")[0]).parent).sweep
 
 
 def gpus_here() -> list[tuple[str, str]]:

@@ -32,6 +32,8 @@ class Limits:
     hang_s: float = 300.0  # without an answer: the first check of long inputs in float64 takes minutes on few cores
     patience_s: float = 60.0  # the same once such a request was answered, or PATIENCE times as long as that took
     final_s: float = 10.0  # of a shape's finals: hundreds of rounds of calls of milliseconds
+    rounds: int = 40  # of longer calls, as far as `most_final_s` goes: half as many tell 10% from noise of 10%
+    most_final_s: float = 60.0
     finalists: int = 5  # beside the default: screening errs by a few percent, few are as close
     reserve: float = 0.5  # of a study's time, what is kept back for finals at most
 

@@ -73,16 +73,18 @@ class _Final:
 
     def _seconds(self, names: list[str]) -> float | None:
         """How long a race may take: its share of what is left; None if that is too short for it."""
-        session = self.session
+        session, limits, each = self.session, self.session.limits, self._round(names)
+        wanted = max(limits.final_s, min(limits.rounds * each, limits.most_final_s))
         if session.end == math.inf:
-            return session.limits.final_s
+            return wanted
         rest = sum(_open(session, w) for w in session.study.workloads) / len(session.benches)
-        seconds = min(session.limits.final_s, session.left / max(1.0, rest) / 2)  # as much again to start and warm up
-        return seconds if seconds > self._least(names) else None
+        seconds = min(wanted, session.left / max(1.0, rest) / 2)  # as much again to start and warm up
+        return seconds if seconds > FEWEST_ROUNDS * each else None
 
-    def _least(self, names: list[str]) -> float:
+    def _round(self, names: list[str]) -> float:
+        """Seconds of a call of each."""
         lines = [self.session.settled(name, "screen", self.workload) for name in names]
-        return FEWEST_ROUNDS * sum(line["ms"] for line in lines) / 1000
+        return sum(line["ms"] for line in lines) / 1000
 
     def _race(self, names: list[str], seconds: float) -> dict | None:
         """The worker's reply; None where somebody broke it, which is recorded."""
@@ -90,7 +92,7 @@ class _Final:
         seed = session.folder.sweep.seed
         request = {"do": "final", "workload": str(self.workload), "policy": str(session.folder.sweep.policy)}
         request |= {"seconds": seconds, "seed": seed, "default": session.known.default}
-        takes = seconds + 2 * self._least(names)
+        takes = seconds + 2 * FEWEST_ROUNDS * self._round(names)
         try:
             reply = session.ask(self.bench, names, request, session.end, takes)
         except WorkerDied as death:

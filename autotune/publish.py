@@ -20,6 +20,8 @@ from kdagen.autotune.select import FORMAT, Entry, read, tables, user_tables
 from kdagen.autotune.sweep import Study, Workload, canonical
 from kdagen.autotune.timing import Interval, winner
 
+RECORDING = "replay:"
+
 
 @dataclass(frozen=True, order=True)
 class Race:
@@ -33,8 +35,12 @@ class Race:
 
 
 def publish(folder: Folder, into: Path | None = None) -> list[Path]:
-    """Puts the winners of a sweep into the tables of `into`, the user's own unless given; returns the files."""
-    lines, into = list(folder.log), Path(into or user_tables())
+    """Puts the winners of a sweep into the tables of `into`, the user's own unless given; returns the files.
+
+    What a recording answered is no finding of a machine here: it goes into tables that are named alone.
+    """
+    lines = [line for line in folder.log if into or not line.get("on", "").startswith(RECORDING)]
+    into = Path(into or user_tables())
     found = [entry for study in folder.sweep.studies for entry in winners(study, lines)]
     devices = sorted({(e.key.device, e.key.processors) for e in found})
     paths = [

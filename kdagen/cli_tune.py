@@ -121,13 +121,16 @@ def space(op: str, devices, **sweep) -> None:
 
 
 def _planned(ctx, path: Path, devices, sweep: dict):
-    """The folder of the sweep that is asked for; one that is there already need not be asked for again."""
-    from kdagen.autotune.asked import sweep_of
+    """The folder of the sweep that is asked for; one that is there, or was recorded, need not be asked for again."""
+    from kdagen.autotune.asked import recorded, sweep_of
     from kdagen.autotune.folder import SWEEP as FILE
     from kdagen.autotune.folder import Folder
 
-    if not (path / FILE).exists() or given(ctx, sweep):
+    if given(ctx, sweep):
         Folder.create(path, sweep_of(asked(devices=devices, **sweep)))
+    elif not (path / FILE).exists():
+        replayed = next((spec for spec in devices if spec.startswith("replay:")), None)
+        Folder.create(path, recorded(replayed) if replayed else sweep_of(asked(devices=devices, **sweep)))
     return _going_on(path)
 
 
@@ -195,7 +198,8 @@ def _said(folder) -> None:
 
 def _published(paths: list[Path]) -> None:
     found = ", ".join(map(str, paths))
-    click.echo(f"published {found}" if found else "published nothing: the untuned default was in no finals yet")
+    nothing = "nothing: the untuned default was in no finals yet (those on a recording count for --into alone)"
+    click.echo(f"published {found or nothing}")
 
 
 def _reported(folder) -> None:

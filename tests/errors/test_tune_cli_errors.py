@@ -161,4 +161,6 @@ def test_all_of_it_without_matplotlib(tmp_path, monkeypatch, here):
 def test_nothing_to_publish(tmp_path):
     folder = tune_logs.planned(tmp_path / "sweep")
     result = CliRunner().invoke(cli.main, ["tune", "publish", "--dir", str(folder.path), "--into", str(tmp_path / "t")])
-    assert result.stdout == "published nothing: the untuned default was in no finals yet\n"
+    assert result.stdout == (
+        "published nothing: the untuned default was in no finals yet (those on a recording count for --into alone)\n"
+    )

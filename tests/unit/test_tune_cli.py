@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tune_logs
@@ -258,6 +259,17 @@ def test_all_of_it_on_a_recording(recorded, tmp_path):
     (table,) = (tmp_path / "tables").glob("*.json")
     assert said.stdout.endswith(f"published {table}\nwrote {folder / 'report.html'}\n")
     assert {line["rung"] for line in Folder(folder).log} == {"space", "model", "correct", "screen", "final"}
+
+
+def test_a_recording_of_a_real_machine_ends_as_it_did_there(tmp_path):
+    log = Path(__file__).parents[2] / "benchmarks" / "results" / "tune_cpu_32_heads" / "log.jsonl"
+    lines = list(map(json.loads, log.read_text().splitlines()))
+    there = {x["candidate"]: x for x in lines if x["rung"] == "final"}
+    default = next(x["candidate"] for x in lines if x.get("default"))
+    run("--dir", tmp_path / "sweep", "--device", f"replay:{log}", "--into", tmp_path / "tables")
+    (entry,) = read(next((tmp_path / "tables").glob("*.json")))
+    assert entry.key.device == there[default]["under"]["device"] and entry.facts["gain"] > 1
+    assert entry.facts["default_ms"] == pytest.approx(there[default]["median"], rel=0.05)
 
 
 def test_a_second_run_measures_nothing_again(recorded):

@@ -53,8 +53,8 @@ def workers():
 
 
 def outcome(folder) -> list[dict]:
-    """What a log says that does not depend on who said it when."""
-    told = ("task", "candidate", "rung", "verdict", "reason", "workload", "death", "errors", "ms", "under")
+    """What a log says that does not depend on who said it when, as how far the slow ones were from the best so far."""
+    told = ("task", "candidate", "rung", "verdict", "workload", "death", "errors", "under")
     lines = [{n: line[n] for n in told if n in line} for line in folder.log if line["rung"] != "model"]
     return sorted(lines, key=str)
 

@@ -54,6 +54,14 @@ def published(folder, into=None) -> dict:
     return {entry.key.bucket: entry for path in publish(folder, into) for entry in read(path)}
 
 
+def test_what_a_recording_answered_goes_into_named_tables_alone(folder, tmp_path):
+    race(folder, ONE, {DEFAULT: 2.0, FAST: 1.0}, on="replay:log.jsonl")
+    assert publish(folder) == [] and not user_tables().exists()
+    assert published(folder, tmp_path / "tables")[ONE.bucket].schedule == FAST.schedule.fields()
+    race(folder, FAR, {DEFAULT: 2.0, FAST: 1.0}, on="cuda:0")
+    assert list(published(folder)) == [FAR.bucket]
+
+
 def test_the_fastest_of_each_bucket_is_published(folder, tmp_path):
     race(folder, ONE, {DEFAULT: 2.0, FAST: 1.0, WIDE: 1.5})
     race(folder, FAR, {DEFAULT: 9.0, FAST: 8.0, WIDE: 6.0})
