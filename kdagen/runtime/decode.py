@@ -102,10 +102,10 @@ class Decoding:
     def _on_cpu(self, call: Decode):
         from kdagen.runtime import cpu_decode
 
-        out = call.results()[0].zero_()
+        out, what = call.results()[0].zero_(), "CPU backend, nothing to do"
         if not call.empty:
-            cpu_decode.run(self.op.step, call, out, schedule_of(self.op, call, "decode"))
-        self.op.note(call.like, "CPU backend, one token after another on blocks of states")
+            what = cpu_decode.run(self.op.step, call, out, schedule_of(self.op, call, "decode"))
+        self.op.note(call.like, what)
         return out
 
     def _cuda(self, *given, **named):
