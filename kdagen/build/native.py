@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kdagen import debug
 from kdagen.build import cache
-from kdagen.build.toolchain import find_cc, first_error, keep_failed
+from kdagen.build.toolchain import Died, find_cc, first_error, keep_failed
 from kdagen.errors import ToolchainError
 
 # Bits: contraction only where the text says so. That errno and traps are left alone changes no value.
@@ -19,7 +19,10 @@ FLAGS = (
     "-O3", "-march=native", "-std=c11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
     "-fno-trapping-math",
 )  # fmt: skip
-THREADS = ("-fopenmp", "-fopenmp-simd")  # the second where the compiler has no OpenMP: loops are vectorised all the same
+THREADS = (
+    "-fopenmp",
+    "-fopenmp-simd",
+)  # the second where the compiler has no OpenMP: vectors, one thread
 SECONDS = 60  # after which a compiler hangs
 PURPOSE = "compiles the loop that decodes on the CPU"
 
@@ -34,8 +37,8 @@ def library(name: str, text: str) -> Path:
             store = cache.Cache(debug.cache_dir())
             try:
                 entry = store.get(key) or store.make(key, lambda folder: _compile(cc, flags, folder, name, text))[0]  # noqa: B023
-            except ToolchainError:
-                if threads == THREADS[-1]:
+            except ToolchainError as error:
+                if threads == THREADS[-1] or isinstance(error, Died):
                     raise
                 continue
             return entry / f"{name}.so"
@@ -69,4 +72,4 @@ def _run(command: list[str], folder: Path | None) -> subprocess.CompletedProcess
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        raise ToolchainError(f"{command[0]} hung: it was stopped after {SECONDS} s") from None
+        raise Died(f"{command[0]} hung: it was stopped after {SECONDS} s", "hang") from None

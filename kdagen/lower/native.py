@@ -57,7 +57,7 @@ def native_source(form: StepForm, state: StateType) -> NativeSource:
 
 
 class _Writer:
-    """Values by number, as names of users' may be no names in C: pointers p0, p1, .., to one float where no dims are."""
+    """Values by number, for a user's name may be none in C: pointers p0, p1, .., to one float where there are no dims."""
 
     def __init__(self, form: StepForm):
         self.form = form
@@ -104,8 +104,10 @@ class _Writer:
         vectors = {v.symbol: f"{self.names[v]}[i]" for v, _ in op.operands if v.dims}
         hoisted: dict[sympy.Symbol, sympy.Expr] = {}
         expr = _hoist(op.expr, vectors.keys(), hoisted)
-        before = "".join(f"const float {s} = {c_text(e, numbers)}; " for s, e in hoisted.items())
-        return f"{{ {before}EACH(i, {_size(op.out)}) {name}[i] = {c_text(expr, vectors | {s: str(s) for s in hoisted})}; }}"
+        names = {s: f"n{i}" for i, s in enumerate(hoisted)}
+        before = "".join(f"const float {names[s]} = {c_text(e, numbers)}; " for s, e in hoisted.items())
+        text = c_text(expr, vectors | names)
+        return f"{{ {before}EACH(i, {_size(op.out)}) {name}[i] = {text}; }}"
 
     def of(self, value: Value) -> str:
         """The pointer of a value."""
@@ -120,7 +122,7 @@ def _hoist(expr: sympy.Expr, vectors, hoisted: dict) -> sympy.Expr:
         for symbol, known in hoisted.items():
             if known == expr:
                 return symbol
-        hoisted[symbol := sympy.Symbol(f"n{len(hoisted)}", real=True)] = expr
+        hoisted[symbol := sympy.Symbol(f"#{len(hoisted)}", real=True)] = expr
         return symbol
     same = [a for a in expr.args if not a.free_symbols & vectors]
     if expr.func in (sympy.Add, sympy.Mul) and len(same) > 1:

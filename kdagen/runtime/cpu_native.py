@@ -58,8 +58,10 @@ class Native:
         """Whether it takes the call's dtypes and is there."""
         import torch
 
-        return call.pool.dtype in (torch.float32, torch.bfloat16) and call.like.dtype != torch.float64 and bool(
-            self.function
+        return (
+            call.pool.dtype in (torch.float32, torch.bfloat16)
+            and call.like.dtype != torch.float64
+            and bool(self.function)
         )
 
     def run(self, call, out, threads: int) -> None:
@@ -94,7 +96,8 @@ class Table:
         reads = count * hv * source.reads * padded(v)
         scratch = _room(reads + threads * room)
         tensors = [_taken(call.tensors[name]) for name in source.arguments]
-        given = array("q", [n for x, name in zip(tensors, source.arguments) for n in _given(x, call.signature.dims[name], hv)])
+        dims = (call.signature.dims[name] for name in source.arguments)
+        given = array("q", [n for x, d in zip(tensors, dims) for n in _given(x, d, hv)])
         fields = array("q", [
             threads, count, size["T"], hv, k, v, padded(k), padded(v), w, out.dtype == torch.bfloat16, own, room,
             scratch.data_ptr(), scratch.data_ptr() + 4 * reads, call.pool.data_ptr(), out.data_ptr(),
@@ -146,6 +149,8 @@ def _loaded(path: Path):
     try:
         function = ctypes.CDLL(str(path)).kdagen_decode
     except (OSError, AttributeError) as error:
-        raise ToolchainError(f"{path} does not load ({error}): remove {path.parent}, and it is compiled again") from None
+        raise ToolchainError(
+            f"{path} does not load ({error}): remove {path.parent}, and it is compiled again"
+        ) from None
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
     return function
