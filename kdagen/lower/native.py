@@ -57,7 +57,7 @@ def native_source(form: StepForm, state: StateType) -> NativeSource:
 
 
 class _Writer:
-    """Values by number, for a user's name may be none in C: pointers p0, p1, .., to one float where there are no dims."""
+    """Values by number, for a user's name may be none in C: pointers p0, p1, .., to one float without dims."""
 
     def __init__(self, form: StepForm):
         self.form = form

@@ -1,4 +1,4 @@
-"""Decoding on the CPU by a native loop: against the oracle, its bits, its functions, and what runs without a compiler."""
+"""Decoding on the CPU by a native loop: against the oracle, its bits, its functions, and where it cannot run."""
 
 import ctypes
 import logging
