@@ -77,7 +77,7 @@ def test_the_zoo_on_all_types_of_states(name, state, tokens):
 
 @pytest.mark.parametrize(("name", "state"), list(zip(CASES, cycle(STATES))), ids=str)
 def test_recurrences_of_users_on_types_of_states_in_turn(name, state):
-    for gate in ("softplus", "reset"):
+    for gate in ("softplus", "extreme"):
         agree(CASES[name][0], gate, state)
 
 
