@@ -96,7 +96,7 @@ class Table:
         reads = count * hv * source.reads * padded(v)
         scratch = _room(reads + threads * room)
         tensors = [_taken(call.tensors[name]) for name in source.arguments]
-        dims = (call.signature.dims[name] for name in source.arguments)
+        dims = [call.signature.dims[name] for name in source.arguments]
         given = array("q", [n for x, d in zip(tensors, dims) for n in _given(x, d, hv)])
         fields = array("q", [
             threads, count, size["T"], hv, k, v, padded(k), padded(v), w, out.dtype == torch.bfloat16, own, room,
@@ -128,10 +128,9 @@ def _given(x, dims: tuple[str, ...], hv: int) -> tuple[int, ...]:
     """The struct Given of an argument."""
     import torch
 
-    strides = x.stride()
-    lead, rest = (strides[:2], strides[2:]) if dims[0] == "B" else ((0, 0), strides)
-    heads = x.shape[dims.index("H") if "H" in dims else dims.index("HV")]
-    return x.data_ptr(), *lead, rest[0], rest[1] if len(rest) > 1 else 1, hv // heads, x.dtype == torch.bfloat16
+    at = 2 if dims[0] == "B" else 0  # of the heads
+    strides = (*((0,) * (2 - at)), *x.stride(), 1)
+    return x.data_ptr(), *strides[:4], hv // x.shape[at], x.dtype == torch.bfloat16
 
 
 def _room(floats: int):
