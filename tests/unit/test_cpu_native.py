@@ -209,6 +209,22 @@ def test_the_threads_are_torch_s_or_the_schedule_s(monkeypatch):
     assert found == [3, 1, 2, 3]
 
 
+# -- the text
+
+TEXTS = {"native_kda.txt": ("kda", STATES[0]), "native_kda_softplus_vk_bf16.txt": ("kda_softplus", STATES[3])}
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_the_text_is_readable_c(file, golden):
+    name, state = TEXTS[file]
+    golden(file, native_source(step_form(canonical(kg.load(name))), state).text)
+
+
+def test_what_is_one_number_for_all_channels_is_made_before_the_loop():
+    text = native_source(step_form(canonical(kg.load("kda_softplus"))), StateType()).text
+    assert "const float n0 = -exp_((*p5)); EACH(i, c->K) p7[i] = exp_(n0*softplus_(p6[i] + p3[i]));" in text
+
+
 # -- functions
 
 
