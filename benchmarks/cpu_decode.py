@@ -3,10 +3,10 @@
     pip install -e . && python benchmarks/cpu_decode.py
 
 A step must read each state and write it once. A round does so for the states of every layer of a model in turn (more
-than caches hold, as in a model): by kdagen's op, with slots in order and not; by `state.mul_(1)`, which does nothing
-else ("in place"); and by copying each state to one place ("copy", which is how memory is commonly timed). Reported are
-the best and the median of rounds, for a layer, and ratios of the best, as other work on the machine only ever adds.
-Each run adds a line to benchmarks/results/cpu_decode.jsonl.
+than caches hold, as in a model): by kdagen's op, with slots in order and not, and without its native loop ("on torch");
+by `state.mul_(1)`, which does nothing else ("in place"); and by copying each state to one place ("copy", which is how
+memory is commonly timed). Reported are the best and the median of rounds, for a layer, and ratios of the best, as other
+work on the machine only ever adds. Each run adds a line to benchmarks/results/cpu_decode.jsonl unless --dry.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def contestants(shape: tuple[int, int, int]) -> dict:
     import torch
 
     import kdagen as kg
+    from kdagen.runtime.cpu_decode import on_torch
+
+    def without_compiler(state):
+        with on_torch():
+            op.decode(*next(tokens), state_pool=state)
 
     op, tokens = kg.compile("kda"), itertools.cycle([inputs(*shape, seed) for seed in range(TOKENS)])
     b, h, d = shape
@@ -51,6 +56,7 @@ def contestants(shape: tuple[int, int, int]) -> dict:
         "copy": place.copy_,
         "kdagen": lambda state: op.decode(*next(tokens), state_pool=state),
         "kdagen, any slots": lambda state: op.decode(*next(tokens), state_pool=state, state_indices=turned),
+        "kdagen, on torch": without_compiler,
     }
 
 
@@ -92,18 +98,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, help="of torch; as many as it takes unless given")
+    parser.add_argument("--dry", action="store_true", help="leave the results file as it is")
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
     record = {"date": datetime.date.today().isoformat(), **machine(), "layers": LAYERS, "rows": []}
-    print(f"{'B':>3}{'H':>4}{'K=V':>5}  {'in place ms':>12}{'copy ms':>9}{'kdagen ms':>11}{'any slots ms':>14}  ratios")
+    columns = f"{'in place ms':>12}{'copy ms':>9}{'kdagen ms':>11}{'any slots ms':>14}{'on torch ms':>13}"
+    print(f"{'B':>3}{'H':>4}{'K=V':>5}  {columns}  ratios")
     for b, h, d in SHAPES:
         found = measure((b, h, d), asked.rounds)
-        memory, copy, ours, any_slots = (x["best_ms"] for x in found.values())
+        memory, copy, ours, any_slots, on_torch = (x["best_ms"] for x in found.values())
         gigabytes = 8e-6 * b * h * d * d / memory
         record["rows"].append({"B": b, "H": h, "D": d, **found, "ratio": ours / memory, "GB/s": gigabytes})
-        times = f"{memory:>12.3f}{copy:>9.3f}{ours:>11.3f}{any_slots:>14.3f}"
+        times = f"{memory:>12.3f}{copy:>9.3f}{ours:>11.3f}{any_slots:>14.3f}{on_torch:>13.3f}"
         print(f"{b:>3}{h:>4}{d:>5}  {times}  {ours / memory:.2f} (of a copy: {ours / copy:.2f})")
+    if asked.dry:
+        return
     with RESULTS.open("a") as file:
         file.write(json.dumps(record) + "\n")
 

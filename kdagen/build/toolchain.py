@@ -87,9 +87,9 @@ def _wheel_folders() -> list[Path]:
     return [Path(p, "cu13") for p in (spec.submodule_search_locations or ())] if spec else []
 
 
-def find_cc() -> list[str]:
-    """The C compiler's command: $CC, cc, gcc or clang."""
-    return _host_compiler("CC", ("cc", "gcc", "clang"), "builds each kernel's host launcher")
+def find_cc(purpose: str = "builds each kernel's host launcher") -> list[str]:
+    """The C compiler's command: $CC, cc, gcc or clang; `purpose` is said where there is none."""
+    return _host_compiler("CC", ("cc", "gcc", "clang"), purpose)
 
 
 def find_cxx() -> list[str]:

@@ -65,9 +65,12 @@ class Call:
 
     def results(self) -> tuple:
         """New tensors for output, final state and, of no elements unless asked for, states."""
-        b, t, hv, v = (self.sizes[dim] for dim in ("B", "T", "HV", "V"))
-        states = (b, t // self.every if self.every else 0)
-        return self.like.new_empty(b, t, hv, v), self.new_state(self.sizes["N"]), self.new_state(*states)
+        states = (self.sizes["B"], self.sizes["T"] // self.every if self.every else 0)
+        return self.new_output(), self.new_state(self.sizes["N"]), self.new_state(*states)
+
+    def new_output(self):
+        """A tensor for the output."""
+        return self.like.new_empty([self.sizes[dim] for dim in ("B", "T", "HV", "V")])
 
     def new_state(self, *lead: int):
         """States in the op's layout and dtype."""

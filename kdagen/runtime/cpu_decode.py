@@ -1,20 +1,29 @@
-"""The CPU backend of decoding: the step form of an op on states in place, a few torch ops a token.
+"""The CPU backend of decoding: the step form of an op on states in place, by a native loop or a few torch ops a token.
 
-What depends on arguments alone is formed for all tokens at once, and all states are read, by one sum of rows for all
-readers, before the first is written. Unlike cpu, nothing is chunked.
+The native loop is cpu_native's; this says which of the two runs, and holds the one on torch: what depends on arguments
+alone is formed for all tokens at once, and all states are read, by one sum of rows for all readers, before the first is
+written. Unlike cpu, nothing is chunked.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
 from kdagen.ir.step import StepForm
+from kdagen.runtime.cpu_native import Native
 from kdagen.runtime.cpu_schedule import at_most
 from kdagen.runtime.values import check_finite
 from kdagen.schedule import CpuSchedule
+from kdagen.state import StateType
+
+NATIVE = "CPU backend, a native loop over states"  # what ran, in words
+ON_TORCH = "CPU backend, one token after another on blocks of states"
+_native: ContextVar[bool] = ContextVar("kdagen_native_decoding", default=True)
 
 BLOCK_BYTES = 1 << 22  # of states that are updated at a time: what caches hold; the fastest in benchmarks/cpu_decode.py
 
@@ -22,10 +31,10 @@ BLOCK_BYTES = 1 << 22  # of states that are updated at a time: what caches hold;
 class Step:
     """A step form made ready: its values by name, its expressions compiled."""
 
-    def __init__(self, form: StepForm):
+    def __init__(self, form: StepForm, state: StateType):
         from kdagen.ir.tensor import Load, Map
 
-        self.form = form
+        self.form, self.native = form, Native(form, state)
         self.loads = [op for op in form.token if isinstance(op, Load)]
         rest = [op for op in form.token if not isinstance(op, Load)]
         self.made = [(op, self.ready(op) if isinstance(op, Map) else None) for op in rest]
@@ -40,19 +49,42 @@ class Step:
         return lambda env: run({symbol: env[name] for symbol, name in operands})
 
 
-def run(step: Step, call, out, schedule: CpuSchedule | None = None) -> None:
-    """Writes the output of a kdagen.runtime.decode.Decode into `out`, zero so far, and its new states into its pool."""
+@contextmanager
+def on_torch() -> Iterator[None]:
+    """Calls that this thread makes inside decode by torch's operations, as where no compiler is: to compare."""
+    token = _native.set(False)
+    try:
+        yield
+    finally:
+        _native.reset(token)
+
+
+def run(step: Step, call, out, schedule: CpuSchedule | None = None) -> str:
+    """Writes the output of a kdagen.runtime.decode.Decode into `out`, zero so far, and its new states into its pool.
+
+    Says what ran.
+    """
     import torch
 
+    if _native.get() and step.native.fits(call):
+        threads, most = torch.get_num_threads(), schedule.threads if schedule else 0
+        step.native.run(call, out, min(threads, most or threads))
+        return NATIVE
     with torch.no_grad(), at_most(schedule.threads if schedule else 0):
-        tokens = Tokens(step, call)
-        runs = [Run(tokens, call, group) for group in groups(call, tokens.rows)]
-        found = [r.read(0) for r in runs]
-        for r, reads in zip(runs, found, strict=True):
-            if not math.isfinite(float(reads.sum())):
-                r.check()  # what is not finite stays so in a product, even with zero; but finite ones may overflow
-        for r, reads in zip(runs, found, strict=True):
-            r.go(reads, out.view(-1, *out.shape[2:]))
+        run_on_torch(step, call, out)
+    return ON_TORCH
+
+
+def run_on_torch(step: Step, call, out) -> None:
+    """The same by torch's operations."""
+    tokens = Tokens(step, call)
+    runs = [Run(tokens, call, group) for group in groups(call, tokens.rows)]
+    found = [r.read(0) for r in runs]
+    for r, reads in zip(runs, found, strict=True):
+        if not math.isfinite(float(reads.sum())):
+            r.check()  # what is not finite stays so in a product, even with zero; but finite ones may overflow
+    for r, reads in zip(runs, found, strict=True):
+        r.go(reads, out.view(-1, *out.shape[2:]))
 
 
 @dataclass

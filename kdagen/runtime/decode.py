@@ -102,10 +102,10 @@ class Decoding:
     def _on_cpu(self, call: Decode):
         from kdagen.runtime import cpu_decode
 
-        out = call.results()[0].zero_()
+        out, what = call.new_output().zero_(), "CPU backend, nothing to do"
         if not call.empty:
-            cpu_decode.run(self.op.step, call, out, schedule_of(self.op, call, "decode"))
-        self.op.note(call.like, "CPU backend, one token after another on blocks of states")
+            what = cpu_decode.run(self.op.step, call, out, schedule_of(self.op, call, "decode"))
+        self.op.note(call.like, what)
         return out
 
     def _cuda(self, *given, **named):
@@ -119,13 +119,13 @@ class Decoding:
         kernels = self.op.fitting(call, "decode")
         self.op.note(call.like, "kernels in", kernels.folder)
         if call.empty:
-            return call.results()[0].zero_()
+            return call.new_output().zero_()
         given = {"state_pool": call.pool, "state_indices": call.indices, "num_accepted_tokens": call.accepted}
         found = self.op.launch(kernels, call.given, "decode", {"null_below": call.null_below}, **given)
         return found[kernels.by_role["out"]]
 
     def _fake(self, *given, **named):
-        return decode_call(self.op, given, named).results()[0]
+        return decode_call(self.op, given, named).new_output()
 
     # -- recurrent: a pool of its own, in which sequence n has slot n
 

@@ -87,7 +87,17 @@ def describe_states(op) -> list[tuple[str, str]]:
         ("states", f"[N, HV, {', '.join(state.dims)}] in {stored}"),
         ("decoding", "on CPU one token after another, on states in place"),
         ("  on GPUs", kernel),
+        ("  on CPUs", _native(op.step.native)),
     ]
+
+
+def _native(native) -> str:
+    """Whether decoding on the CPU is a native loop, and if not, why."""
+    if native.problem:
+        return f"by torch's operations, several times slower than a native loop: {native.problem}"
+    if native.path:
+        return f"a native loop, compiled: {native.path}"
+    return "a native loop, compiled by the C compiler at the first call; float64 by torch's operations"
 
 
 def describe_choices(op) -> list[tuple[str, str]]:

@@ -250,7 +250,7 @@ class Op:
         from kdagen.derive.step import step_form
         from kdagen.runtime.cpu_decode import Step
 
-        return Step(step_form(self._form()))
+        return Step(step_form(self._form()), self.state)
 
     # -- what torch calls
 

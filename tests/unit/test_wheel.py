@@ -24,4 +24,4 @@ def test_a_wheel_holds_tables_and_skeletons(tmp_path):
     }
     assert {p for p in wanted if not (made / p).exists()} == set()
     assert (made / "autotune" / "tables" / "some-gpu-3.json").exists()
-    assert (made / "build" / "launcher.h").exists()
+    assert (made / "build" / "launcher.h").exists() and (made / "lower" / "native.c.j2").exists()
