@@ -20,6 +20,7 @@ if not (_here / "autotune").is_dir():  # a checkout: `autotune` and `templates` 
 
 _WHERE = {
     "compile": "kdagen.runtime.op",
+    "sequence_parallel": "kdagen.runtime.sequence_parallel",
     "abs": ("kdagen.language.vocabulary", "abs_"),
     "sum": ("kdagen.language.vocabulary", "sum_"),
 }

@@ -20,7 +20,7 @@ from kdagen.runtime import torch_op
 from kdagen.runtime.checks import check_tag, short
 from kdagen.runtime.cpu_schedule import schedule_of
 from kdagen.runtime.decode import Decoding
-from kdagen.runtime.signature import DECODE, RECURRENT, Signature, describe, signature
+from kdagen.runtime.signature import CALL, DECODE, RECURRENT, Signature, describe, signature
 from kdagen.runtime.torch_op import NAMES, Implementation
 from kdagen.runtime.training import Training, inference_only, needs_gradient, transformed
 from kdagen.runtime.tuned import Tuned
@@ -145,14 +145,14 @@ class Op:
     def __call__(self, *args, initial_state=None, output_final_state: bool = False, cu_seqlens=None,
                  states_every: int | None = None, check: bool = False, **named):  # fmt: skip
         """(output [B, T, HV, V], final state or None), and the states if `states_every` is given."""
-        given = self._autocast(self.signature.bind(args, named))
-        options = self._options(initial_state=initial_state, cu_seqlens=cu_seqlens)
+        given = self.bound(args, named)
+        options = self.given_options(initial_state=initial_state, cu_seqlens=cu_seqlens)
         wants = needs_gradient(self.name, [*given, *options])
         common = initial_state, bool(output_final_state), cu_seqlens
         if states_every is None:
             torch_op = self.training_op if wants else self.torch_op
             o, state, *_ = self._run(torch_op, *given, *common, *(() if wants else (0,)), bool(check))
-            return o, self._tagged(state) if output_final_state else None
+            return o, self.tagged(state) if output_final_state else None
         if wants:
             raise inference_only(self.name, f"states_every={states_every}")
         if isinstance(states_every, bool) or not isinstance(states_every, int) or states_every < 1:
@@ -160,18 +160,18 @@ class Op:
                 f"{self.name}: states_every = {states_every!r}, expected a number of tokens, or None for no states"
             )
         o, state, states = self._run(self.torch_op, *given, *common, states_every, bool(check))
-        return o, self._tagged(state) if output_final_state else None, self._tagged(states)
+        return o, self.tagged(state) if output_final_state else None, self.tagged(states)
 
     def recurrent(self, *args, initial_state=None, output_final_state: bool = False, cu_seqlens=None,
                   check: bool = False, **named):  # fmt: skip
         """What a call gives, token by token: for few tokens, without gradients."""
-        given = self._autocast(self.signature.bind(args, named, RECURRENT))
-        options = self._options(initial_state=initial_state, cu_seqlens=cu_seqlens)
+        given = self.bound(args, named, RECURRENT)
+        options = self.given_options(initial_state=initial_state, cu_seqlens=cu_seqlens)
         if needs_gradient(self.name, [*given, *options]):
             raise inference_only(self.name, "recurrent")
         options = initial_state, bool(output_final_state), cu_seqlens, bool(check)
         o, state = self._run(self.recurrent_op, *given, *options)
-        return o, self._tagged(state) if output_final_state else None
+        return o, self.tagged(state) if output_final_state else None
 
     def decode(self, *args, state_pool=None, state_indices=None, num_accepted_tokens=None, cu_seqlens=None,
                null_below: int = 0, check: bool = False, **named):  # fmt: skip
@@ -183,9 +183,9 @@ class Op:
         num_accepted_tokens[n] - 1 (0 unless given) and leaves the state after its token t in column t's slot.
         On the CPU and with `check` an index beyond the pool is an error.
         """
-        given = self._autocast(self.signature.bind(args, named, DECODE))
+        given = self.bound(args, named, DECODE)
         self.signature.check_tensor("state_pool", state_pool)
-        options = self._options(
+        options = self.given_options(
             state_pool=state_pool, state_indices=state_indices, num_accepted_tokens=num_accepted_tokens,
             cu_seqlens=cu_seqlens,
         )  # fmt: skip
@@ -196,7 +196,11 @@ class Op:
         options = state_pool, state_indices, num_accepted_tokens, cu_seqlens, null_below, bool(check)
         return self._run(self.decode_op, *given, *options)
 
-    def _options(self, **options) -> list:
+    def bound(self, args: tuple, named: dict, options: tuple[str, ...] = CALL) -> list:
+        """The tensors of a call in order, cast as autocast has it; `options` are those that it takes beside them."""
+        return self._autocast(self.signature.bind(args, named, options))
+
+    def given_options(self, **options) -> list:
         """The tensors among options, of which states are of this op's layout as far as can be told."""
         import torch
 
@@ -207,7 +211,7 @@ class Op:
                 check_tag(self.name, name, x, self.state)
         return list(tensors.values())
 
-    def _tagged(self, state):
+    def tagged(self, state):
         """A state that says of which layout it is, where torch's compiler does not look on."""
         import torch
 
@@ -238,11 +242,16 @@ class Op:
         return self.signature.name
 
     @cached_property
+    def form(self):
+        """The canonical form."""
+        return self._form()
+
+    @cached_property
     def program(self):
         """The chunk form, which the CPU backend runs."""
         from kdagen.derive.chunk import chunk_form
 
-        return chunk_form(self._form())
+        return chunk_form(self.form)
 
     @cached_property
     def step(self):
@@ -250,7 +259,7 @@ class Op:
         from kdagen.derive.step import step_form
         from kdagen.runtime.cpu_decode import Step
 
-        return Step(step_form(self._form()), self.state)
+        return Step(step_form(self.form), self.state)
 
     # -- what torch calls
 
