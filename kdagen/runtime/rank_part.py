@@ -14,7 +14,6 @@ from functools import cache
 import sympy
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from kdagen.ir.canonical import Intra
 from kdagen.runtime.call import Call
@@ -37,7 +36,6 @@ class Through(torch.autograd.Function):
         return o, state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out, d_state):
         gradients = (None, None, *ctx.part.backward(ctx.saved_tensors, d_out, d_state))
         return tuple(x if need else None for x, need in zip(gradients, ctx.needs_input_grad, strict=True))
@@ -153,20 +151,25 @@ class Part:
         """Gradients of the initial state and of the tensors; None where no rank behind this one asks for any."""
         count = len(self.op.signature.tensors)
         tensors, (cu_seqlens, before, made, reads, *kept) = saved[:count], saved[count:]
-        d_after = self.cotangent(d_state)
-        asked = self.asked(d_out, d_after, made, reads)
-        passed = None if self.exchange.first else transposed(self.passed(made))
-        came = self.exchange.before(asked, passed, self.columns, reverse=True)
-        if came is not None:
-            d_after = self.zeros(self.sizes["N"]) if d_after is None else d_after
-            d_after[self.last] += came
-        if d_out is None and d_after is None:
-            return (None,) * (count + 1)
-        if not self.exchange.first:
-            *_, kept = self.op.training_op(*tensors, before, False, cu_seqlens, self.check)
-        d_after = self.outside(d_after)
-        *gradients, d_before = self.op.backward_op(*tensors, before, cu_seqlens, kept, d_out, d_after)
+        with torch.no_grad():  # the gradients' own derivative is refused where they are made, by the op
+            d_after = self.d_after(d_out, d_state, made, reads)
+            if d_out is None and d_after is None:
+                return (None,) * (count + 1)
+            if not self.exchange.first:
+                *_, kept = self.op.training_op(*tensors, before, False, cu_seqlens, self.check)
+        *gradients, d_before = self.op.backward_op(*tensors, before, cu_seqlens, kept, d_out, self.outside(d_after))
         return d_before if self.exchange.first else self.outside(self.without_first(d_before)), *gradients
+
+    def d_after(self, d_out, d_state, made, reads):
+        """What is asked of the states after this rank's tokens, by all ranks behind it too; None for nothing."""
+        own = self.cotangent(d_state)
+        passed = None if self.exchange.first else transposed(self.passed(made))
+        came = self.exchange.before(self.asked(d_out, own, made, reads), passed, self.columns, reverse=True)
+        if came is None:
+            return own
+        total = self.zeros(self.sizes["N"]) if own is None else own
+        total[self.last] += came
+        return total
 
     def cotangent(self, d_state):
         """Of the states after this rank's tokens, by what is asked of the final state; None for zero."""

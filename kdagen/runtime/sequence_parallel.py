@@ -5,6 +5,8 @@ What is public of it, and what is checked; what a rank computes is in rank_part,
 
 from __future__ import annotations
 
+import torch
+
 from kdagen.errors import ArgumentError
 from kdagen.runtime.call import Call, forward
 from kdagen.runtime.checks import short
@@ -104,7 +106,8 @@ class SequenceParallel:
                 f"sequence that goes on has no token"
             )
         if call.check or call.like.device.type == "cpu":
-            call.check_values()
+            with torch.no_grad():
+                call.check_values()
         return call
 
     def _said(self, call: Call, wants_gradient: bool) -> dict:
