@@ -74,11 +74,15 @@ def show(every: list) -> None:
     print(f"{'':16}" + "".join(f"{f'rank {n}':>12}" for n in range(len(every))))
     print(f"{'tokens':16}" + "".join(f"{f'{here.start}..{here.stop - 1}':>12}" for here, _ in every))
     for what in every[0][1]:
-        print(f"{what:16}" + "".join(f"{errors[what]:12.1e}" if what in errors else f"{'-':>12}" for _, errors in every))
+        print(
+            f"{what:16}" + "".join(f"{errors[what]:12.1e}" if what in errors else f"{'-':>12}" for _, errors in every)
+        )
 
 
 @click.command()
-@click.option("--op", "name", default="kda_softplus", show_default=True, help="A recurrence of q, k, v, g, beta, A_log, dt_bias.")
+@click.option(
+    "--op", "name", default="kda_softplus", show_default=True, help="A recurrence of q, k, v, g, beta, A_log, dt_bias."
+)
 @click.option("--shape", default="2x301x2x32", show_default=True, help="B x T x heads x channels.")
 def main(name: str, shape: str) -> None:
     """Compare an op over ranks with the same op in one process, in float64."""

@@ -139,7 +139,9 @@ def test_ranks_that_differ(case, messages):
 
 def test_another_recurrence(messages):
     for name, found in zip(("gla", "retnet"), messages):
-        pattern = rf"{name} over 2 ranks: the recurrence is gla \(\w{{12}}\) on rank 0, retnet \(\w{{12}}\) on rank 1; exp"
+        pattern = (
+            rf"{name} over 2 ranks: the recurrence is gla \(\w{{12}}\) on rank 0, retnet \(\w{{12}}\) on rank 1; exp"
+        )
         assert re.match(pattern, found["recurrence"]), found["recurrence"]
 
 
