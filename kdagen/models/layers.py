@@ -53,9 +53,10 @@ class Packed:
 
     def weight(self):
         """All weights, if they may be used as one."""
-        if self.whole is None or torch.is_grad_enabled() or not (found := self.modules()):
+        if self.whole is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
-        return self.whole if [m.weight.data_ptr() for m in found] == self.places else None
+        found = self.modules()
+        return self.whole if found and [m.weight.data_ptr() for m in found] == self.places else None
 
     def together(self, x):
         """All linear maps of x, one behind another."""

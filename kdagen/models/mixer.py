@@ -58,6 +58,7 @@ class Mixer(nn.Module):
         self.packed = self.convolutions = None  # below, once there is what they hold
         for i in self.inputs:
             self._build(i, config)
+        self.op = op_of(self.recurrence, self.head_dim)
         inner = self.heads * self.head_dim
         self.full_rank_gate = c.use_full_rank_gate
         if self.full_rank_gate:
@@ -68,6 +69,11 @@ class Mixer(nn.Module):
         self.o_proj = Linear(inner, config.hidden_size)
         self.packed = Packed(self, Linear, [self.first(i.module) for i in self.projected] + [self.first("g")])
         self.convolutions = Packed(self, ShortConvolution, [f"{m}_conv1d" for m in self.vectors])
+
+    @cached_property
+    def half_op(self):
+        """The op of a GPU in float16."""
+        return op_of(self.recurrence, self.head_dim, half=True)
 
     @cached_property
     def projected(self) -> list[Input]:
@@ -124,7 +130,7 @@ class Mixer(nn.Module):
 
     def scan(self, given: dict, layout: Layout, state: RecurrentState | None):
         """The op on its arguments; a state is replaced."""
-        op = op_of(self.recurrence, self.head_dim, any(x.dtype == torch.float16 for x in given.values()))
+        op = self.half_op if any(x.dtype == torch.float16 for x in given.values()) else self.op
         if state is None:
             return op(**given, cu_seqlens=layout.cu_seqlens)[0]
         if layout.steps:
