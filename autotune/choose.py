@@ -6,20 +6,19 @@ kdagen.autotune.select, which this builds on, knows tables alone, and needs no c
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
 from kdagen.autotune import gpus
 from kdagen.autotune.select import Entry, Key, Selection, select_compiling, tables
-from kdagen.autotune.sweep import Task, Workload, short_hash
+from kdagen.autotune.sweep import Task, Workload, short_hash, source_hash
 
 import kdagen
 from kdagen import debug
+from kdagen.build.folder import write_file
 
 # What the model is asked about, each for all calls whose buckets are nearest to its own: a choice may mean to compile.
 SHAPES = {
@@ -74,20 +73,14 @@ def picked(task: Task, at: Key, shape: Workload, fixed: dict) -> dict:
     from kdagen.autotune.model import pick
 
     schedule = pick(task, shape, **fixed).fields()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(schedule, sort_keys=True))
-    os.replace(unfinished, path)
+    write_file(path, json.dumps(schedule, sort_keys=True))
     return schedule
 
 
 @cache
 def _code() -> str:
-    found = hashlib.sha256()
-    for package in map(importlib.import_module, DECIDING):
-        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
-            found.update(path.read_bytes())
-    return found.hexdigest()
+    folders = (Path(importlib.import_module(package).__file__).parent for package in DECIDING)
+    return source_hash(path for folder in folders for path in folder.rglob("*.py"))
 
 
 def key_of(task: Task, shape: Workload, device: str, processors: int) -> Key:

@@ -145,11 +145,6 @@ def source_of(candidate: Candidate):
     """The OpSource of a candidate."""
     from kdagen import pipeline
 
-    compilers = {
-        "inference": pipeline.compile_op,
-        "training": pipeline.compile_training,
-        "decode": pipeline.compile_decode,
-    }
     t = candidate.task
     made_for = t.head_dim, t.dtype, t.target, candidate.schedule, t.gate_dtype
-    return compilers[t.purpose](_recurrence(t.op), *made_for, state=t.state)
+    return pipeline.COMPILERS[t.purpose](_recurrence(t.op), *made_for, state=t.state)

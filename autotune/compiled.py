@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from kdagen.autotune.folder import Folder
 
+from kdagen.build.folder import write_file
 from kdagen.errors import ArtefactError
 from kdagen.runtime import manifest as manifests
 from kdagen.runtime.loader import LoadedOp
@@ -58,11 +57,6 @@ def load(folder: Folder, candidate: str) -> LoadedOp:
 
 def _put(path: Path, data: bytes) -> str:
     """Writes a file in one step, unless it is there already; its sha256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != data:
-        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        write_file(path, data)
     return hashlib.sha256(data).hexdigest()

@@ -86,8 +86,7 @@ def gradients_bytes(canonical: Canonical, dims: dict[str, int], dtype: str, sche
     """Shared memory that a block of the gradients kernel needs, as the tile IR counts it."""
     backward = _adjoint(canonical)
     workspace = Workspace(backward.forward, schedule.chunk_size, dims, dtype)
-    dtypes = {a.name: dtype if a.per_token else "float32" for a in canonical.arguments}
-    return lower_gradients(backward, workspace, schedule, dtypes).shared_bytes
+    return lower_gradients(backward, workspace, schedule, canonical.dtypes(dtype, dtype)).shared_bytes
 
 
 def chunk_size(canonical: Canonical, dims: dict[str, int], dtype: str, target: Target) -> int:

@@ -10,7 +10,6 @@ report.html
 from __future__ import annotations
 
 import json
-import os
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from kdagen.autotune.log import Log
 from kdagen.autotune.sweep import Sweep
 
+from kdagen.build.folder import write_file
 from kdagen.errors import ArtefactError
 
 FORMAT = 1
@@ -45,10 +45,7 @@ class Folder:
             return folder
         if folder.path.exists() and any(folder.path.iterdir()):
             raise ArtefactError(f"{folder.path} is not empty and holds no {SWEEP}: choose a new --dir")
-        folder.path.mkdir(parents=True, exist_ok=True)
-        unfinished = folder.path / f".{SWEEP}"
-        unfinished.write_text(json.dumps({"format": FORMAT, **sweep.fields()}, indent=1) + "\n")
-        os.replace(unfinished, folder.path / SWEEP)
+        write_file(folder.path / SWEEP, json.dumps({"format": FORMAT, **sweep.fields()}, indent=1) + "\n")
         return folder
 
     @cached_property

@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 from kdagen.autotune.cases import Case, taken
 
+from kdagen.ir.tile import BYTES
 from kdagen.runtime.capacities import ZERO, capacities
 from kdagen.runtime.layout import ALLOCATED
 from kdagen.runtime.loader import LoadedOp
 
 SAMPLED = 512  # tokens drawn; longer sequences repeat them
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 # -- tensors
 

@@ -24,7 +24,7 @@ from kdagen.autotune.tiles import Tile, lowering
 
 from kdagen.ir.tile import BYTES, Kernel
 from kdagen.ir.tile_cost import chunk_flops
-from kdagen.schedule import Choices
+from kdagen.schedule import Choices, changes
 from kdagen.target import target
 
 LAUNCH = 2e-6  # seconds from the end of a kernel to the start of the next, and the ramp of its first blocks
@@ -127,7 +127,7 @@ def _legal(space: Space, fixed: tuple) -> tuple[Choices, ...]:
 
 def differences(a: Choices, b: Choices) -> int:
     """In how many fields two schedules differ."""
-    return sum(vars(a)[field] != vars(b)[field] for field in vars(a))
+    return len(changes(vars(a), vars(b)))
 
 
 # -- one kernel

@@ -7,7 +7,6 @@ below it is not published, but the default itself is, for that was found out too
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ from kdagen.autotune.folder import Folder
 from kdagen.autotune.select import FORMAT, Entry, read, tables, user_tables
 from kdagen.autotune.sweep import Study, Workload, canonical
 from kdagen.autotune.timing import Interval, winner
+
+from kdagen.build.folder import write_file
+from kdagen.schedule import changes
 
 RECORDING = "replay:"
 
@@ -101,15 +103,11 @@ def _winner(study: Study, race: Race, finals: dict, schedules: dict, default: st
     # A schedule is as good as its times are relative to the default's, or where that is broken to the least.
     scale = {w: lines[default if not broken else min(common)]["median"] for w, lines in finals.items()}
     intervals = {c: _together([(finals[w][c], scale[w]) for w in finals]) for c in sorted(common)}
-    best = winner(intervals, None if broken else default, lambda c: distance(schedules[c], schedules.get(default, {})))
+    untuned = schedules.get(default, {})
+    best = winner(intervals, None if broken else default, lambda c: len(changes(schedules[c], untuned)))
     task, shape = study.task, Workload.parse(next(iter(finals)))
     key = key_of(task, shape, race.device, race.processors)
     return Entry(key, schedules[best], race.policy, _facts(task.op, best, None if broken else default, finals))
-
-
-def distance(schedule: dict, default: dict) -> int:
-    """How far from simple a schedule is: the number of fields in which it differs from the default."""
-    return sum(default.get(name) != value for name, value in schedule.items())
 
 
 def _together(timed: list[tuple[dict, float]]) -> Interval:
@@ -151,10 +149,7 @@ def _merge(path: Path, entries: list[Entry]) -> Path:
     key = entries[0].key
     head = json.dumps({"format": FORMAT, "device": {"name": key.device, "processors": key.processors}})
     lines = ",\n".join(canonical(merged[place].line()) for place in sorted(merged))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(f'{head[:-1]}, "entries": [\n{lines}\n]}}\n')
-    os.replace(unfinished, path)
+    write_file(path, f'{head[:-1]}, "entries": [\n{lines}\n]}}\n')
     return path
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdagen.autotune import gpus
+from kdagen.autotune.sweep import CPU
 
 from kdagen import debug
 from kdagen.errors import ArtefactError, KdagenError
@@ -85,7 +86,7 @@ def select(key: Key, entries: Iterable[Entry] | None = None, usable: Callable[[d
     fits = [e for e in fits if usable is None or usable(e.schedule)]
     measured, device = [e for e in fits if not e.modelled], (key.device, key.processors)
     devices = {(e.key.device, e.key.processors) for e in measured}
-    if key.target == "cpu":  # another CPU's cores and caches say nothing of this one's
+    if key.target == CPU:  # another CPU's cores and caches say nothing of this one's
         devices &= {device}
     if devices:
         nearest = device if device in devices else min(devices, key=lambda other: _apart(device, other))

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kdagen.autotune.log import MEASURED, RUNGS
-from kdagen.autotune.publish import distance
 from kdagen.autotune.sweep import Study, Sweep, canonical
 from kdagen.autotune.timing import Interval, winner
+
+from kdagen.schedule import changes, in_words
 
 BEFORE = ("lowered", "ptxas", "identical", "correct")  # before a candidate is timed
 DEATHS = 3  # after which a candidate is quarantined
@@ -130,10 +131,12 @@ class StudyStanding:
 
     def difference(self, candidate: str) -> str:
         """Its schedule, as people say it: where it differs from the default."""
-        default, own = self.schedule(self.default), self.schedule(candidate)
         if candidate == self.default:
             return "the default"
-        return ", ".join(f"{n} {own[n]}" for n in sorted(own) if n not in default or own[n] != default[n]) or candidate
+        return in_words(dict(sorted(self._changes(candidate).items()))) or candidate
+
+    def _changes(self, candidate: str) -> dict:
+        return changes(self.schedule(candidate), self.schedule(self.default))
 
     def twin(self, candidate: str | None) -> str | None:
         """The candidate that was measured in its place, where their binaries are the same."""
@@ -179,7 +182,8 @@ class StudyStanding:
         finals = {c: t for c, t in self._last_race(place, workload).items() if c in times}
         ranked = sorted((finals or times).values(), key=lambda t: (t.ms, t.candidate != self.default, t.candidate))
         if finals:
-            best = winner({c: t.interval for c, t in finals.items()}, self.twin(self.default), self._effort)
+            intervals, effort = {c: t.interval for c, t in finals.items()}, lambda c: len(self._changes(c))
+            best = winner(intervals, self.twin(self.default), effort)
             ranked.sort(key=lambda t: t.candidate != best)
         return ranked
 
@@ -188,9 +192,6 @@ class StudyStanding:
         races = self.races.get((place, workload), {}).values()
         whole = [run for run in races if all(line.get("among", len(run)) == len(run) for line in run.values())]
         return {c: Timed.of(line) for c, line in whole[-1].items()} if whole else {}
-
-    def _effort(self, candidate: str) -> int:
-        return distance(self.schedule(candidate), self.schedule(self.default))
 
     def _wrong(self, candidate: str, place: Place) -> bool:
         checks = self.lines["correct"].get(candidate, {})

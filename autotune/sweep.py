@@ -6,9 +6,12 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kdagen.errors import ArgumentError
+from kdagen.runtime.manifest import canonical
 from kdagen.schedule import Choices, CpuSchedule, DecodeSchedule, Schedule, TrainingSchedule
 from kdagen.state import DEFAULT, StateType
 
@@ -18,14 +21,17 @@ MODES = ("graph", "eager", "device")  # replays of a CUDA graph; as called; the 
 CACHES = ("cold", "warm")  # whether each call finds its inputs in the L2 cache
 
 
-def canonical(data) -> str:
-    """JSON in one way only: sorted keys, no spaces."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
-
-
 def short_hash(data, length: int = 12) -> str:
     """The name of plain data."""
     return hashlib.sha256(canonical(data).encode()).hexdigest()[:length]
+
+
+def source_hash(paths: Iterable[Path]) -> str:
+    """A hash of files' text, by which it is told that what they decide may have changed."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(f"{path.name}\n{path.read_text()}".encode())
+    return found.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,17 @@ class Workload:
         return bucket(self.work)
 
 
-def bucket(work: int) -> int:
-    """The bucket of a call with so many tokens times heads of values."""
-    return max(1, work).bit_length() - 1
+def bucket(work) -> int:
+    """The bucket of a call with so many tokens times heads of values.
+
+    Where torch's compiler asks for any number of tokens, by comparisons alone.
+    """
+    if isinstance(work, int):
+        return max(1, work).bit_length() - 1
+    found = 0
+    while work >= 2 << found:
+        found += 1
+    return found
 
 
 @dataclass(frozen=True)

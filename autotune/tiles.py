@@ -12,21 +12,18 @@ from kdagen.autotune.defaults import default_decode_schedule, default_schedule, 
 from kdagen.autotune.sweep import Task
 
 from kdagen.derive.adjoint import adjoint
-from kdagen.derive.canonical import canonical as derive_canonical
-from kdagen.derive.chunk import chunk_form
 from kdagen.derive.step import step_form
 from kdagen.ir import step as step_ir
-from kdagen.ir.tensor_verify import verify, verify_adjoint
+from kdagen.ir.tensor_verify import verify_adjoint
 from kdagen.ir.tile import Buffer, Copy, Kernel, reads, writes
 from kdagen.ir.tile_cost import bytes_a_token
 from kdagen.lower import check_head_dims, lower
 from kdagen.lower.decode import lower_decode
 from kdagen.lower.scan import SPECIALISED
 from kdagen.lower.training import lower_training
-from kdagen.pipeline import argument_dtypes
+from kdagen.pipeline import Call
 from kdagen.recurrence import load
 from kdagen.schedule import Choices
-from kdagen.target import target as find_target
 
 DEFAULTS = {
     "inference": default_schedule,
@@ -110,15 +107,13 @@ class Tile:
         return bytes_a_token(fetched) * (1 - 1 / self.tiles)
 
 
-class Lowering:
+class Lowering(Call):
     """What the candidates of a task share: all that is derived before any schedule."""
 
     def __init__(self, task: Task):
-        self.task, self.target, self.dims = task, find_target(task.target), task.dims
-        check_head_dims(self.dims)
-        self.canonical = derive_canonical(load(task.op))
-        self.program = verify(chunk_form(self.canonical))
-        self.dtypes = argument_dtypes(self.canonical, task.dtype, task.gate_dtype or task.dtype)
+        check_head_dims(task.dims)
+        super().__init__(load(task.op), task.head_dim, task.dtype, task.target, task.gate_dtype, task.state)
+        self.task = task
         self._lowered: dict = {}  # passes by what was asked for, and by the schedule that it makes
 
     def complete(self, **choices) -> Choices:

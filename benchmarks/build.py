@@ -132,11 +132,13 @@ def starts(times: int) -> dict:
 
 def machine() -> dict:
     """What the times depend on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    from kdagen.runtime.tuned import this_cpu
+
+    cpu, cores = this_cpu()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
+        "cpu": cpu,
+        "cores": cores,
         "python": platform.python_version(),
         "load_before": os.getloadavg(),
     }

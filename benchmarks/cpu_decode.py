@@ -83,10 +83,11 @@ def machine() -> dict:
 
     import torch
 
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.processor())
+    from kdagen.runtime.tuned import this_cpu
+
+    cpu, cores = this_cpu()
     return {
-        "cpu": model, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+        "cpu": cpu, "cores": cores, "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 1), "python": platform.python_version(),
         **{name: version(name) for name in ("kdagen", "torch")},
     }  # fmt: skip

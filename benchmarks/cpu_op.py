@@ -138,13 +138,14 @@ def machine() -> dict:
     """What the figures depend on."""
     from importlib.metadata import version
 
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.processor())
+    from kdagen.runtime.tuned import this_cpu
+
+    cpu, cores = this_cpu()
     versions = {name: version(name) for name in ("kdagen", "torch", "transformers")}
     load = round(os.getloadavg()[0], 1)
     return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu,
+        "cores": cores,
         "load_before": load,
         "python": platform.python_version(),
     } | versions

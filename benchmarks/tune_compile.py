@@ -13,9 +13,7 @@ import datetime
 import json
 import os
 import platform
-import re
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -75,12 +73,13 @@ def figures(lines: list[dict], cache: Path, seconds: float) -> dict:
 def machine() -> dict:
     """What the times depend on."""
     from kdagen.build.toolchain import find_nvcc
+    from kdagen.runtime.tuned import this_cpu
 
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    cpu, cores = this_cpu()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
+        "cpu": cpu,
+        "cores": cores,
         "load_before": os.getloadavg(),
         "python": platform.python_version(),
         "tilelang": metadata.version("tilelang"),

@@ -82,7 +82,7 @@ def compile_stages(
         RecurrenceError: the recurrence is outside the family.
         ScheduleError, TargetError: the choices do not fit.
     """
-    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
+    call = Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
     schedule = call.schedule(schedule, Schedule, default_schedule)
     kernels = lower(call.program, call.dims, call.dtypes, dtype, schedule, call.target, state)  # tile IR
     return Compilation(call.canonical, call.program, kernels, call.source(kernels, schedule, template_folders))
@@ -102,7 +102,7 @@ def compile_training_stages(
 
     The source's `passes` name the kernels of each in launch order, `kept` what passes from one to the other.
     """
-    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
+    call = Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
     derived = verify_adjoint(adjoint(call.program))  # tensor IR of a chunk's backward
     schedule = call.schedule(schedule, TrainingSchedule, default_training_schedule)
     lowered = lower_training(derived, call.dims, call.dtypes, dtype, schedule, call.target, state)
@@ -125,7 +125,7 @@ def compile_decode_stages(
     state: StateType = DEFAULT,
 ) -> Compilation:
     """Derive a recurrence's kernel for decoding, the only one of pass "decode"; else as `compile_stages`."""
-    call = _Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
+    call = Call(recurrence, head_dim, dtype, arch, gate_dtype, state)
     step = step_ir.verify(step_form(call.canonical))  # one token as tensor ops
     schedule = call.schedule(schedule, DecodeSchedule, default_decode_schedule)
     kernels = (lower_decode(step, call.dims, call.dtypes, dtype, schedule, state),)
@@ -134,7 +134,10 @@ def compile_decode_stages(
     return Compilation(call.canonical, call.program, kernels, source, step=step)
 
 
-class _Call:
+COMPILERS = {"inference": compile_op, "training": compile_training, "decode": compile_decode}  # by purpose
+
+
+class Call:
     """What all kinds of compilation share: what was asked for, and what follows from it before any schedule."""
 
     def __init__(self, recurrence, head_dim, dtype: str, arch: str, gate_dtype: str | None, state: StateType):

@@ -118,6 +118,16 @@ class CpuSchedule(Choices):
             )
 
 
+def changes(fields: dict, default: dict) -> dict:
+    """The fields of a schedule in which it differs from another one."""
+    return {name: value for name, value in fields.items() if name not in default or default[name] != value}
+
+
+def in_words(fields: dict) -> str:
+    """Fields as people read them."""
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
 def _member(kind: type[Enum], field: str, name: str) -> Enum:
     try:
         return kind(name)

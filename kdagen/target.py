@@ -40,6 +40,11 @@ TARGETS = {
 }
 
 
+def running(capability: str) -> Target | None:
+    """The target whose kernels a GPU of this compute capability ("9.0") runs."""
+    return next((t for t in TARGETS.values() if capability in t.runs_on), None)
+
+
 def target(name: str | Target) -> Target:
     """The target called `name` ("sm90"; "sm_90" and "sm_90a" are accepted too)."""
     if isinstance(name, Target):

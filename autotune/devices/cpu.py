@@ -8,7 +8,6 @@ and is not kept away: the coordinator calls contenders in turn, so that it meets
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from kdagen.autotune.cases import Case, Inputs, Normal
 from kdagen.autotune.check import check
 from kdagen.autotune.devices import Compiled, Contender, Sampler
-from kdagen.autotune.sweep import CPU, Candidate, Policy, Task, Workload
+from kdagen.autotune.sweep import CPU, Candidate, Policy, Task, Workload, source_hash
 
 from kdagen.errors import ArgumentError
 from kdagen.runtime.cpu_schedule import pinned
@@ -222,11 +221,8 @@ def kernels() -> str:
     """A hash of what decides the computation: the text of what derives programs and of what runs them."""
     import kdagen
 
-    root, found = Path(kdagen.__file__).parent, hashlib.sha256(kdagen.__version__.encode())
-    paths = {p for name in SOURCES for p in root.glob(name if name.endswith(".py") else f"{name}/*.py")}
-    for path in sorted(paths):
-        found.update(f"{path.relative_to(root)}\n{path.read_text()}".encode())
-    return found.hexdigest()[:12]
+    root = Path(kdagen.__file__).parent
+    return source_hash({p for name in SOURCES for p in root.glob(name if name.endswith(".py") else f"{name}/*.py")})
 
 
 def _text(path: str | Path) -> str:

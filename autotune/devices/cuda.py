@@ -20,6 +20,7 @@ from kdagen.autotune.sweep import Candidate, Policy, Task, Workload
 from kdagen.errors import ArgumentError
 from kdagen.runtime import manifest as manifests
 from kdagen.runtime.loader import LoadedOp
+from kdagen.target import running
 
 GATE = "mild"  # class of the gates that are timed: kernels take as long for any
 REASONS = {  # bits of nvidia-smi's active reasons; an idle GPU, and clocks as they were set, are no throttling
@@ -66,6 +67,7 @@ class Device:
         import torch
 
         found = self.properties
+        target = running(f"{found.major}.{found.minor}")
         driver = smi(self.uuid, ["driver_version"])
         versions = {"cuda": torch.version.cuda, "driver": driver.get("driver_version")}
         versions |= installed("torch", "apache-tvm-ffi")
@@ -74,7 +76,7 @@ class Device:
             "processors": found.multi_processor_count,
             "l2_bytes": found.L2_cache_size,
             "versions": {name: version for name, version in versions.items() if version},
-            "target": target_of(f"{found.major}.{found.minor}"),
+            "target": target.name if target else None,
         }
 
     @property
@@ -199,13 +201,6 @@ class Device:
         import torch
 
         torch.cuda.empty_cache()
-
-
-def target_of(capability: str) -> str | None:
-    """The target whose kernels run on a compute capability."""
-    from kdagen.target import TARGETS
-
-    return next((t.name for t in TARGETS.values() if capability in t.runs_on), None)
 
 
 def installed(*names: str) -> dict[str, str]:

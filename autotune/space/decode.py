@@ -17,4 +17,4 @@ CONSTRAINTS = (
 def space(task: Task) -> Space:
     """The space of a task of decoding."""
     values = {"v_tile": (8, 16, 32, 64, 128, 256), "threads": (32, 64, 128, 256, 512)}
-    return Space(task, axes(task, values), CONSTRAINTS, lowering(task).complete, lowering(task).canonical)
+    return Space(task, axes(values), CONSTRAINTS, lowering(task).complete, lowering(task).canonical)

@@ -47,4 +47,4 @@ def space(task: Task) -> Space:
         "scan_skeleton": ("scan_specialised", "scan_pipelined"),
         "split": (0, 8, 16, 32, 64, 128),  # chunks of a segment that is scanned beside the others; 0: no segments
     }
-    return Space(task, axes(task, values), CONSTRAINTS, lowering(task).complete, canonical)
+    return Space(task, axes(values), CONSTRAINTS, lowering(task).complete, canonical)

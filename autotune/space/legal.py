@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 from kdagen.autotune.space import Axis, Constraint
@@ -20,10 +19,9 @@ MOST_A_THREAD = 255
 SPECIALISED = ((256, 240), (1 << 30, 160))
 
 
-def axes(task: Task, values: dict[str, tuple]) -> tuple[Axis, ...]:
-    """Axes of the fields that schedules of the task have."""
-    known = {f.name for f in dataclasses.fields(task.schedule_type)}
-    return tuple(Axis(field, tuple(given)) for field, given in values.items() if field in known)
+def axes(values: dict[str, tuple]) -> tuple[Axis, ...]:
+    """Axes by the fields of the schedule."""
+    return tuple(Axis(field, given) for field, given in values.items())
 
 
 def decays(canonical) -> tuple[str, ...]:

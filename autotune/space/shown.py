@@ -6,6 +6,8 @@ from kdagen.autotune import gpus
 from kdagen.autotune.space import Space, Survey, space_of
 from kdagen.autotune.sweep import CPU, Study, Sweep, Task, Workload
 
+from kdagen.schedule import changes, in_words
+
 SHAPES = {"inference": "1x8192x64", "training": "1x8192x64", "decode": "64x1x32"}  # on which the model is asked
 
 
@@ -51,12 +53,8 @@ def _modelled(task: Task, survey: Survey, workload: Workload | None) -> str:
     best = min(judged, key=lambda j: j.predictions[str(workload)].ms)
     p = best.predictions[str(workload)]
     said = f"on {gpu.name} at {workload} the model keeps {kept:,} and thinks best, with {p.ms:.3g} ms ({p.limiter}):"
-    return f"; {said}\n{_difference(best.candidate.schedule.fields(), space_of(task).default.fields())}"
-
-
-def _difference(fields: dict, default: dict) -> str:
-    changed = {k: v for k, v in fields.items() if v != default[k]}
-    return "  " + (", ".join(f"{k} {v}" for k, v in changed.items()) or "the default")
+    changed = changes(best.candidate.schedule.fields(), space_of(task).default.fields())
+    return f"; {said}\n  {in_words(changed) or 'the default'}"
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:

@@ -64,4 +64,4 @@ def space(task: Task) -> Space:
         "reverse_v_tile": (64, 128, 256),
         "gradient_threads": (64, 128, 256),
     }
-    return Space(task, axes(task, values), CONSTRAINTS, lowering(task).complete, canonical)
+    return Space(task, axes(values), CONSTRAINTS, lowering(task).complete, canonical)

@@ -53,12 +53,12 @@ def write_op(out: Path, op: str, variant: str, files: list[Path], contents: dict
 
     check_ours(out)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / MARKER, json.dumps({"format": manifests.FORMAT, "made_by": "kdagen"}) + "\n")
+    write_file(out / MARKER, json.dumps({"format": manifests.FORMAT, "made_by": "kdagen"}) + "\n")
     with FileLock(out / ".lock"):
         for leftover in out.glob(f"*/{UNFINISHED}*"):  # of a build that was killed: the lock is ours
             shutil.rmtree(leftover, ignore_errors=True)
         place = write_variant(out / op / variant, files, contents)
-        _write(out / "__init__.py", _package(out))
+        write_file(out / "__init__.py", _package(out))
     return place
 
 
@@ -91,11 +91,12 @@ def _package(out: Path) -> str:
     return INIT.format(names=", ".join(names), ops=ops, quoted=", ".join(f'"{name}"' for name in names))
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, contents: str | bytes) -> None:
     """A small file, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
+    with os.fdopen(handle, "wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
     os.chmod(name, 0o644)
     os.replace(name, path)
 

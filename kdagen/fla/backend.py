@@ -140,9 +140,9 @@ def _capability(device) -> str | None:
     """The compute capability of an NVIDIA GPU that kdagen compiles for."""
     import torch
 
-    from kdagen.target import TARGETS
+    from kdagen.target import running
 
     if torch.version.hip:
         return None
     found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return found if any(found in t.runs_on and t.compiles for t in TARGETS.values()) else None
+    return found if (gpu := running(found)) and gpu.compiles else None

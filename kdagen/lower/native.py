@@ -76,6 +76,10 @@ class _Writer:
         for i, read in enumerate(self.form.reads):
             yield self.names[read.out], f"r + {i} * c->VP", read.out.name
 
+    def loads(self) -> list[tuple[str, str]]:
+        """(pointer, floats) of each argument."""
+        return [(self.names[op.out], _size(op.out)) for op in self.form.token if isinstance(op, Load)]
+
     def for_reads(self) -> list[str]:
         """Statements that make what the state is read by."""
         wanted = {r.z for r in self.form.reads}
@@ -91,8 +95,7 @@ class _Writer:
     def statement(self, op) -> str:
         name = self.names[op.out]
         if isinstance(op, Load):
-            size = _size(op.out) if op.out.dims else "1"
-            return f"take(c, {self.arguments.index(op.argument.name)}, row, h, {name}, {size});"
+            return f"take(c, {self.arguments.index(op.argument.name)}, row, h, {name}, {_size(op.out)});"
         if isinstance(op, Map):
             return self.map(op, name)
         return f"*{name} = total({self.names[op.a]}, {_size(op.a)});"
@@ -132,4 +135,4 @@ def _hoist(expr: sympy.Expr, vectors, hoisted: dict) -> sympy.Expr:
 
 
 def _size(value: Value) -> str:
-    return f"c->{value.dims[0]}"
+    return f"c->{value.dims[0]}" if value.dims else "1"

@@ -22,9 +22,58 @@ class Linear(nn.Linear):
         pass
 
 
+class Packed:
+    """Weights of some of a module's children, one behind another in memory: one product or convolution for all.
+
+    The children stay, with their parameters, which become parts of the whole: `pack` (KimiLinear.new_cache calls it)
+    copies these into it. Whoever replaces or moves a parameter or a child, or wants gradients, has the children run one
+    by one, as `split` does.
+    """
+
+    def __init__(self, owner: nn.Module, kind: type, names: list[str]):
+        self.children, self.kind, self.names = owner._modules, kind, names
+        self.whole, self.places, self.sizes = None, [], []
+
+    def modules(self) -> list | None:
+        """The children, if all are plain ones that nobody has hooked."""
+        found = [self.children[name] for name in self.names]
+        return (
+            None if any(type(m) is not self.kind or m._forward_hooks or m._forward_pre_hooks for m in found) else found
+        )
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Makes the weights parts of one tensor, unless they are."""
+        if self.weight() is None and (found := self.modules()) and len({m.weight.dtype for m in found}) == 1:
+            self.whole = torch.cat([m.weight for m in found])
+            self.sizes = [len(m.weight) for m in found]
+            for m, part in zip(found, self.whole.split(self.sizes)):
+                m.weight.data = part
+            self.places = [m.weight.data_ptr() for m in found]
+
+    def weight(self):
+        """All weights, if they may be used as one."""
+        if self.whole is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        found = self.modules()
+        return self.whole if found and [m.weight.data_ptr() for m in found] == self.places else None
+
+    def together(self, x):
+        """All linear maps of x, one behind another."""
+        if (weight := self.weight()) is not None:
+            return F.linear(x, weight)
+        return torch.cat([self.children[name](x) for name in self.names], -1)
+
+    def split(self, x) -> tuple:
+        """Each of the linear maps of x."""
+        if (weight := self.weight()) is not None:
+            return F.linear(x, weight).split(self.sizes, -1)
+        return tuple(self.children[name](x) for name in self.names)
+
+
 def wide(x):
     """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
@@ -35,6 +84,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x):
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(wide(x), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
@@ -53,10 +104,10 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj = Linear(config.hidden_size, size), Linear(config.hidden_size, size)
         self.down_proj = Linear(size, config.hidden_size)
-        self.activation = Activation(config)
+        self.activation, self.packed = Activation(config), Packed(self, Linear, ["gate_proj", "up_proj"])
 
     def forward(self, x):
-        return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.activation(*self.packed.split(x)))
 
 
 class Activation:
@@ -74,44 +125,44 @@ class Activation:
 
 
 class ShortConvolution(nn.Module):
-    """Each channel a causal sum over the last few tokens, then SiLU. The state: inputs before, [N, width - 1, C]."""
+    """Each channel a causal sum over the last few tokens, then SiLU."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
 
-    def new_state(self, sequences: int, dtype, device):
-        """Zeros: before a sequence there is nothing."""
-        channels, _, width = self.weight.shape
-        return torch.zeros(sequences, width - 1, channels, dtype=dtype, device=device)
-
     def forward(self, x, layout: Layout, state=None):
-        """The same shape as x, [B, T, C]; a state is replaced."""
-        past = self.weight.shape[-1] - 1
-        before = self.new_state(layout.sequences, x.dtype, x.device) if state is None else state
-        if layout.ends is None:
-            seen = torch.cat([before, x], 1)
-            found, last = self.convolved(seen), seen[:, seen.shape[1] - past :]
-        else:  # each sequence behind its own past
-            parts = [torch.cat([before[n], x[0, piece]]) for n, piece in enumerate(layout.pieces)]
-            whole = self.convolved(torch.cat(parts).unsqueeze(0))
-            starts = [piece.start + n * past for n, piece in enumerate(layout.pieces)]
-            rows = [whole[:, at : at + len(part) - past] for at, part in zip(starts, parts)]
-            found, last = torch.cat(rows, 1), torch.stack([part[len(part) - past :] for part in parts])
-        if state is not None:
-            state.copy_(last)
-        return F.silu(found)
+        return short_convolution(x, self.weight, layout, state)
 
-    def convolved(self, seen):
-        """Sums over each token and those before it; the first tokens have too few, and no sum."""
-        tokens = seen.shape[1] - self.weight.shape[-1] + 1
-        if tokens == 1:
-            return (seen * self.weight[:, 0].mT).sum(1, keepdim=True)
-        weight = self.weight[:, 0].unbind(-1)
-        found = seen[:, :tokens] * weight[0]
-        for i, w in enumerate(weight[1:], 1):
-            found = torch.addcmul(found, seen[:, i : i + tokens], w)
-        return found
+
+def short_convolution(x, weight, layout: Layout, state=None):
+    """Of x [B, T, C] by weights [C, 1, width], the same shape; a state [N, width - 1, C] is replaced."""
+    past = weight.shape[-1] - 1
+    before = x.new_zeros(layout.sequences, past, x.shape[-1]) if state is None else state
+    if layout.ends is None:
+        seen = torch.cat([before, x], 1)
+        found, last = convolved(seen, weight), seen[:, seen.shape[1] - past :]
+    else:  # each sequence behind its own past
+        parts = [torch.cat([before[n], x[0, piece]]) for n, piece in enumerate(layout.pieces)]
+        whole = convolved(torch.cat(parts).unsqueeze(0), weight)
+        starts = [piece.start + n * past for n, piece in enumerate(layout.pieces)]
+        rows = [whole[:, at : at + len(part) - past] for at, part in zip(starts, parts)]
+        found, last = torch.cat(rows, 1), torch.stack([part[len(part) - past :] for part in parts])
+    if state is not None:
+        state.copy_(last)
+    return F.silu(found)
+
+
+def convolved(seen, weight):
+    """Sums over each token and those before it; the first tokens have too few, and no sum."""
+    tokens = seen.shape[1] - weight.shape[-1] + 1
+    if tokens == 1:
+        return (seen * weight[:, 0].mT).sum(1, keepdim=True)
+    taps = weight[:, 0].unbind(-1)
+    found = seen[:, :tokens] * taps[0]
+    for i, w in enumerate(taps[1:], 1):
+        found = torch.addcmul(found, seen[:, i : i + tokens], w)
+    return found
 
 
 def attended(sources: list, proj: Linear, norm: RMSNorm):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdagen.models.layers import Linear, RMSNorm, wide
+from kdagen.models.layers import Linear, Packed, RMSNorm, wide
 from kdagen.models.layout import Layout
 
 LATENT_EPS = 1e-6  # of the latents' norms, whatever rms_norm_eps says: so it is in the release
@@ -73,25 +73,27 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.rank, self.heads * (self.own + self.value))
         self.g_proj = Linear(c.hidden_size, self.heads * self.value) if c.mla_use_output_gate else None
         self.o_proj = Linear(self.heads * self.value, c.hidden_size)
+        first = "q_proj" if c.q_lora_rank is None else "q_a_proj"
+        gate = [] if self.g_proj is None else ["g_proj"]
+        self.packed = Packed(self, Linear, [first, "kv_a_proj_with_mqa", *gate])
 
     def new_state(self, sequences: int, dtype, device) -> LatentState:
         """No token yet."""
         return LatentState(torch.zeros(sequences, 0, self.rank + self.shared, dtype=dtype, device=device))
 
     def forward(self, x, layout: Layout, state: LatentState | None = None):
-        q = self.queries(x).unflatten(-1, (self.heads, -1))
-        latent, shared = self.kv_a_proj_with_mqa(x).split((self.rank, self.shared), -1)
+        q, latent, *gate = self.packed.split(x)
+        if not hasattr(self, "q_proj"):
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        q = q.unflatten(-1, (self.heads, -1))
+        latent, shared = latent.split((self.rank, self.shared), -1)
         latents = torch.cat([self.kv_a_layernorm(latent), shared], -1)
         if state is not None:
             state.append(latents, layout)
         o = self.attention(q, latents, layout, state).flatten(-2)
-        if self.g_proj is not None:
-            o = o * self.g_proj(x).sigmoid()
+        if gate:
+            o = o * gate[0].sigmoid()
         return self.o_proj(o)
-
-    def queries(self, x):
-        """[B, T, heads * channels]."""
-        return self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
 
     def attention(self, q, latents, layout: Layout, state: LatentState | None):
         """[B, T, heads, value channels], by what is cheapest for a layout."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kdagen.models.layers import MLP, Activation, Linear, kept_wide, wide
+from kdagen.models.layers import MLP, Activation, Linear, Packed, kept_wide, wide
 
 
 class Router(nn.Module):
@@ -49,10 +49,10 @@ class Expert(nn.Module):
         self.w1 = Linear(config.hidden_size, config.moe_intermediate_size)
         self.w2 = Linear(config.moe_intermediate_size, config.hidden_size)
         self.w3 = Linear(config.hidden_size, config.moe_intermediate_size)
-        self.activation = activation
+        self.activation, self.packed = activation, Packed(self, Linear, ["w1", "w3"])
 
     def forward(self, x):
-        return self.w2(self.activation(self.w1(x), self.w3(x)))
+        return self.w2(self.activation(*self.packed.split(x)))
 
 
 class SparseMLP(nn.Module):

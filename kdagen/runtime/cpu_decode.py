@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from kdagen.ir.step import StepForm
 from kdagen.runtime.cpu_native import Native
-from kdagen.runtime.cpu_schedule import at_most
+from kdagen.runtime.cpu_schedule import at_most, pinned_schedule
 from kdagen.runtime.values import check_finite
 from kdagen.schedule import CpuSchedule
 from kdagen.state import StateType
@@ -25,6 +25,7 @@ NATIVE = "CPU backend, a native loop over states"  # what ran, in words
 ON_TORCH = "CPU backend, one token after another on blocks of states"
 _native: ContextVar[bool] = ContextVar("kdagen_native_decoding", default=True)
 
+KINDS = 64  # of calls that are remembered
 BLOCK_BYTES = 1 << 22  # of states that are updated at a time: what caches hold; the fastest in benchmarks/cpu_decode.py
 
 
@@ -49,6 +50,53 @@ class Step:
         return lambda env: run({symbol: env[name] for symbol, name in operands})
 
 
+class Alike:
+    """Calls that give arguments and a pool alone: the next of the same sizes, strides and dtypes is not checked again.
+
+    What a step of a model costs beside its arithmetic is checks, some 100 us of them (benchmarks/cpu_decode.py).
+    """
+
+    def __init__(self, op):
+        self.op, self.known = op, {}
+
+    def run(self, given: tuple):
+        """The output, and states replaced; None, with nothing written, if such a call is new, or might be refused."""
+        table = self.known.get(self.kind(given)) if _native.get() and not pinned_schedule() else None
+        if table is None:
+            return None
+        *tensors, pool = given
+        out = tensors[self.value].new_empty(table.out_shape)
+        ordered = [tensors[i] for i in self.order]
+        if not self.op.step.native.again(table, ordered, pool, out):
+            return None
+        self.op.note(out, NATIVE)
+        return out
+
+    def remember(self, given: tuple, table) -> None:
+        """Calls like this one go by a table."""
+        if len(self.known) >= KINDS:
+            self.known.clear()
+        if table is not None:
+            self.known[self.kind(given)] = table
+
+    @staticmethod
+    def kind(given: tuple) -> tuple:
+        """All that a table follows from."""
+        import torch
+
+        return torch.get_num_threads(), *[(x.shape, x.stride(), x.dtype) for x in given]
+
+    @cached_property
+    def value(self) -> int:
+        """The place of the argument that the output is like."""
+        return self.op.signature.tensors.index(self.op.signature.value)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The places of the arguments that the native loop reads, in its order."""
+        return [self.op.signature.tensors.index(name) for name in self.op.step.native.source.arguments]
+
+
 @contextmanager
 def on_torch() -> Iterator[None]:
     """Calls that this thread makes inside decode by torch's operations, as where no compiler is: to compare."""
@@ -59,16 +107,16 @@ def on_torch() -> Iterator[None]:
         _native.reset(token)
 
 
-def run(step: Step, call, out, schedule: CpuSchedule | None = None) -> str:
+def run(step: Step, call, out, schedule: CpuSchedule | None = None, remember: Callable = lambda table: None) -> str:
     """Writes the output of a kdagen.runtime.decode.Decode into `out`, zero so far, and its new states into its pool.
 
-    Says what ran.
+    Says what ran. `remember` is given what calls that are alike can go by, a cpu_native.Table.
     """
     import torch
 
     if _native.get() and step.native.fits(call):
         threads, most = torch.get_num_threads(), schedule.threads if schedule else 0
-        step.native.run(call, out, min(threads, most or threads))
+        remember(step.native.run(call, out, min(threads, most or threads)))
         return NATIVE
     with torch.no_grad(), at_most(schedule.threads if schedule else 0):
         run_on_torch(step, call, out)

@@ -14,13 +14,14 @@ import threading
 from array import array
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from kdagen.errors import KdagenError, ToolchainError
 from kdagen.ir.step import StepForm
 from kdagen.state import StateType
 
 log = logging.getLogger("kdagen")
-CHECK, GO_ON, UNCHECKED = range(3)  # what kdagen_decode does about states that are not finite
+CHECK, GO_ON, UNCHECKED, CHECK_ALL = range(4)  # what kdagen_decode does about numbers that are not finite
 _scratch = threading.local()
 _lock = threading.Lock()
 
@@ -64,26 +65,35 @@ class Native:
             and bool(self.function)
         )
 
-    def run(self, call, out, threads: int) -> None:
-        """As kdagen.runtime.cpu_decode.run, on so many threads."""
+    def run(self, call, out, threads: int) -> Table | None:
+        """As kdagen.runtime.cpu_decode.run, on so many threads. Returns what later calls that are alike can go by."""
         import torch
 
         if not (runs := runs_of(call)):
-            return
+            return None
         result = out.float() if out.dtype == torch.float16 else out
-        table = Table(self.source, call, runs, result, threads)
+        tensors = [_taken(call.tensors[name]) for name in self.source.arguments]
+        table = Table(self.source, call, tensors, runs, result, threads)
+        placed = table.placed(tensors, call.pool, result)
         known = call.pool_name == "initial_state"  # checked before, with all that was given
-        if self.function(table.address, UNCHECKED if known else CHECK):
+        if self.function(placed.address, UNCHECKED if known else CHECK):
             call.check_states()
-            self.function(table.address, GO_ON)  # finite states, whose sums overflow
+            self.function(placed.address, GO_ON)  # finite states, whose sums overflow
         if result is not out:
             out.copy_(result)
+        return table if result is out else None
+
+    def again(self, table: Table, tensors: list, pool, out) -> bool:
+        """The same on arguments of the same sizes, strides and dtypes; False, with nothing written, if some number of
+        theirs or of the states that they read may not be finite."""
+        placed = table.placed(tensors, pool, out)
+        return not self.function(placed.address, CHECK_ALL)
 
 
 class Table:
-    """The struct Call of native.c.j2 for one call, and what it points to, kept alive."""
+    """The struct Call of native.c.j2 for calls of one kind, but for where their tensors are."""
 
-    def __init__(self, source, call, runs: array, out, threads: int):
+    def __init__(self, source, call, tensors: list, runs: array, out, threads: int):
         import torch
 
         from kdagen.lower.native import padded
@@ -93,18 +103,33 @@ class Table:
         count = len(runs) // (3 + w)
         own = source.floats(k, v)
         room = own + padded(k * v) * (w > 1 or call.pool.dtype == torch.bfloat16)
-        reads = count * hv * source.reads * padded(v)
-        scratch = _room(reads + threads * room)
-        tensors = [_taken(call.tensors[name]) for name in source.arguments]
+        self.runs, self.out_shape = runs, out.shape
+        self.reads = count * hv * source.reads * padded(v)
+        self.scratch = self.reads + threads * room
         dims = [call.signature.dims[name] for name in source.arguments]
-        given = array("q", [n for x, d in zip(tensors, dims) for n in _given(x, d, hv)])
-        fields = array("q", [
+        self.given = array("q", [n for x, d in zip(tensors, dims) for n in _given(x, d, hv)])
+        self.fields = array("q", [
             threads, count, size["T"], hv, k, v, padded(k), padded(v), w, out.dtype == torch.bfloat16, own, room,
-            scratch.data_ptr(), scratch.data_ptr() + 4 * reads, call.pool.data_ptr(), out.data_ptr(),
-            runs.buffer_info()[0], given.buffer_info()[0],
         ])  # fmt: skip
-        self.kept = scratch, tensors, given, runs, out, fields
-        self.address = fields.buffer_info()[0]
+
+    def placed(self, tensors: list, pool, out) -> Placed:
+        """The struct for tensors of this kind."""
+        scratch, given = _room(self.scratch), self.given[:]
+        for at, x in zip(range(0, len(given), len(given) // len(tensors)), tensors):
+            given[at] = x.data_ptr()
+        start = scratch.data_ptr()
+        fields = self.fields + array("q", [
+            start, start + 4 * self.reads, pool.data_ptr(), out.data_ptr(), self.runs.buffer_info()[0],
+            given.buffer_info()[0],
+        ])  # fmt: skip
+        return Placed(fields.buffer_info()[0], (scratch, tensors, given, self.runs, out, fields))
+
+
+class Placed(NamedTuple):
+    """A struct Call, and what it points to, kept alive."""
+
+    address: int
+    kept: tuple
 
 
 def runs_of(call) -> array:
@@ -125,12 +150,12 @@ def _taken(x):
 
 
 def _given(x, dims: tuple[str, ...], hv: int) -> tuple[int, ...]:
-    """The struct Given of an argument."""
+    """The struct Given of an argument, but for where it is."""
     import torch
 
     at = 2 if dims[0] == "B" else 0  # of the heads
     strides = (*((0,) * (2 - at)), *x.stride(), 1)
-    return x.data_ptr(), *strides[:4], hv // x.shape[at], x.dtype == torch.bfloat16
+    return 0, *strides[:4], hv // x.shape[at], x.dtype == torch.bfloat16
 
 
 def _room(floats: int):

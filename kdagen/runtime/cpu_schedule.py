@@ -35,6 +35,11 @@ def schedule_of(op, call, purpose: str) -> CpuSchedule:
     return _pinned.get() or tuned.cpu_schedule(op, call, purpose)
 
 
+def pinned_schedule() -> CpuSchedule | None:
+    """That of this thread's calls, if they are pinned to one."""
+    return _pinned.get()
+
+
 @contextmanager
 def at_most(threads: int) -> Iterator[None]:
     """Torch takes at most so many threads inside, and never more than it has; 0 for as many as it has.

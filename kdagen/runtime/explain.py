@@ -9,7 +9,7 @@ from kdagen.autotune.select import tables
 from kdagen.errors import KdagenError
 from kdagen.purposes import PURPOSES
 from kdagen.runtime import manifest as manifests
-from kdagen.schedule import Keep
+from kdagen.schedule import Keep, changes, in_words
 from kdagen.target import target
 
 LABEL = 14
@@ -49,7 +49,7 @@ def describe_plan(plan: dict) -> list[tuple[str, str]]:
         ("CUDA tensors", f"kernels for {gpu.name} ({gpu.example}), {plan['dtype']}, K = {dims['K']}, V = {dims['V']}"),
         ("  chunk size", f"{chunk} tokens"),
         ("  decay", f"{decay}{_reason(plan, decay, chunk)}"),
-        ("  schedule", ", ".join(f"{field} {value}" for field, value in schedule.items())),
+        ("  schedule", in_words(schedule)),
     ]
 
 
@@ -140,14 +140,13 @@ def describe_trained(plan: dict) -> list[tuple[str, str]]:
 
 def describe_decoding(plan: dict) -> list[tuple[str, str]]:
     """The same of its kernel that decodes."""
-    schedule = ", ".join(f"{field} {value}" for field, value in plan["schedule"].items())
+    schedule = in_words(plan["schedule"])
     return [("  in decoding", f"{plan['target']}, {schedule}")]
 
 
 def describe_tuned(plan: dict, untuned: dict) -> list[tuple[str, str]]:
     """What tells a package's kernels by a tuned schedule from the untuned ones."""
-    default = untuned["schedule"]
-    changed = ", ".join(f"{field} {value}" for field, value in plan["schedule"].items() if default.get(field) != value)
+    changed = in_words(changes(plan["schedule"], untuned["schedule"]))
     return [("  tuned", f"{manifests.purpose(plan)}, {plan['target']}, {changed}")]
 
 

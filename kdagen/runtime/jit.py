@@ -19,7 +19,7 @@ from kdagen.runtime import manifest as manifests
 from kdagen.runtime.loader import LoadedOp, cached_op_folder, find_built, load_op
 from kdagen.runtime.options import Options
 from kdagen.runtime.tuned import Want
-from kdagen.target import TARGETS, Target, target
+from kdagen.target import TARGETS, Target, running, target
 
 log = logging.getLogger("kdagen")
 
@@ -54,11 +54,9 @@ class JustInTime:
         """What makes the kernels of a purpose, and the fields of their schedule that were chosen."""
         from kdagen import pipeline
 
-        if purpose == "decode":
-            return pipeline.compile_decode, self.options.decode_schedule
-        if purpose == "training":
-            return pipeline.compile_training, training_schedule(self.options)
-        return pipeline.compile_op, self.options.schedule
+        o = self.options
+        chosen = {"inference": o.schedule, "training": training_schedule(o), "decode": o.decode_schedule}
+        return pipeline.COMPILERS[purpose], chosen[purpose]
 
     def fitting(self, tensors: dict, capability: str, purpose: str = "inference", want: Want | None = None) -> LoadedOp:
         """The kernels for these arguments on a GPU of compute capability "9.0"; built if they are nowhere.
@@ -118,17 +116,17 @@ class JustInTime:
 
     def target(self, capability: str) -> Target:
         """The target of the GPU at hand; an arch that was asked for must run on it."""
-        name, fits = self.recurrence.name, [t for t in TARGETS.values() if capability in t.runs_on]
+        name, fits = self.recurrence.name, running(capability)
         if not self.options.arch:
             if not fits:
                 known = ", ".join(f"{t.runs_on[0]} ({t.example})" for t in TARGETS.values() if t.compiles)
                 raise TargetError(
                     f"{name}: kdagen does not compile for compute capability {capability}: expected one of {known}"
                 )
-            return fits[0]
+            return fits
         gpu = target(self.options.arch)
         if capability not in gpu.runs_on:
-            advice = f"arch='{fits[0].name}', or leave arch out" if fits else "another GPU"
+            advice = f"arch='{fits.name}', or leave arch out" if fits else "another GPU"
             raise TargetError(
                 f"{name}: compiled for {gpu.name} (compute capability {' or '.join(gpu.runs_on)}), but the GPU has "
                 f"{capability}; {self.holdings()}. Expected {advice}"

@@ -15,11 +15,11 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from kdagen.autotune.select import Entry, Key, Selection, select_compiling, tables
+from kdagen.autotune.sweep import CPU, bucket
 from kdagen.runtime.checks import short
 from kdagen.schedule import CpuSchedule
-from kdagen.target import TARGETS
+from kdagen.target import running
 
-CPU = "cpu"
 UNTUNED_CPU = CpuSchedule()
 log = logging.getLogger("kdagen")
 
@@ -54,8 +54,8 @@ class Tuned:
             return None
         known = device, processors, capability, *self._kind(call, purpose)
         if known not in self._wants:
-            targets = [t.name for t in TARGETS.values() if capability in t.runs_on]
-            self._wants[known] = self._want(call, purpose, targets[0], device, processors) if targets else None
+            target = running(capability)
+            self._wants[known] = self._want(call, purpose, target.name, device, processors) if target else None
         return self._wants[known]
 
     def _kind(self, call, purpose: str) -> tuple:
@@ -114,16 +114,6 @@ def cpu_choice(tuned: Tuned, want: Want, entries: list[Entry]) -> CpuSchedule:
     choice = select_compiling(want.key, entries, lambda fields: UNTUNED_CPU.replace(**fields))
     tuned.say(want, choice)
     return UNTUNED_CPU.replace(**(choice.schedule or {}))
-
-
-def bucket(work) -> int:
-    """kdagen.autotune.sweep.bucket, by comparisons alone: torch's compiler asks for any number of tokens."""
-    if isinstance(work, int):
-        return max(1, work).bit_length() - 1
-    found = 0
-    while work >= 2 << found:
-        found += 1
-    return found
 
 
 @cache

@@ -13,9 +13,11 @@ import kdagen as kg
 from kdagen.build import native
 from kdagen.derive.canonical import canonical
 from kdagen.derive.step import step_form
+from kdagen.errors import ArgumentError
 from kdagen.lower.native import native_source
 from kdagen.reference import recurrence_reference
 from kdagen.runtime import cpu_decode
+from kdagen.runtime.cpu_native import Native
 from kdagen.runtime.cpu_schedule import pinned
 from kdagen.schedule import CpuSchedule
 from kdagen.state import StateType
@@ -366,3 +368,101 @@ def test_torch_decodes_where_asked_to(fresh):
     assert fresh.last.endswith(cpu_decode.ON_TORCH)
     decodes(fresh)
     assert is_native(fresh)
+
+
+# -- calls alike: checked once, but for what numbers they hold
+
+
+def step(name="kda", gate="softplus", seed=0, pool=None, **changed):
+    """A token of three sequences: the op, its arguments, a pool."""
+    torch.manual_seed(seed)
+    op, given = compiled(name), inputs(name, (3, 1, HV, K, V), 2, torch.float32, gate) | changed
+    return op, given, pool_of(slots=3) if pool is None else pool
+
+
+@pytest.fixture
+def again(monkeypatch):
+    """Which calls went by a table: True, or False where they were checked after all."""
+    found, real = [], Native.again
+    monkeypatch.setattr(Native, "again", lambda *given: found.append(real(*given)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", ["kda", "rwkv7", "gdn2", "mamba2"])
+def test_the_second_call_of_a_kind_goes_by_the_first_ones_table(name, again):
+    op, given, pool = step(name)
+    op.decode(**given, state_pool=pool.clone())
+    another = {n: x * 0.5 for n, x in given.items()}
+    o_ref, right = recurrence_reference(kg.load(name), another, pool.double())
+    count = len(again)
+    o = op.decode(**another, state_pool=pool)
+    assert again[count:] == [True] and is_native(op)
+    assert off(o, o_ref) < 1e-5 and off(pool, right) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_do_not_depend_on_whether_a_call_was_first(threads, again, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    op, given, _ = step()
+    pools = [pool_of(slots=3) for _ in range(3)]
+    found = [op.decode(**given, state_pool=pool) for pool in pools]
+    assert again[-2:] == [True, True]
+    assert all(torch.equal(found[0], o) for o in found) and all(torch.equal(pools[0], p) for p in pools)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
+def test_numbers_are_looked_at_in_every_call(name, bad, again):
+    op, given, pool = step()
+    op.decode(**given, state_pool=pool)
+    before, given[name] = pool.clone(), given[name].clone()
+    given[name][1, 0, -1] = bad
+    with pytest.raises(ArgumentError, match=f"kda: {name}\\["):
+        op.decode(**given, state_pool=pool)
+    assert again[-1] is False and torch.equal(pool, before)
+
+
+def test_a_state_that_is_not_finite_is_refused_in_a_later_call_too(again):
+    op, given, pool = step()
+    op.decode(**given, state_pool=pool)
+    pool[2, 1, 3, 4] = float("inf")
+    before = pool.clone()
+    with pytest.raises(ArgumentError, match=r"state_pool\[2\]"):
+        op.decode(**given, state_pool=pool)
+    assert again[-1] is False and torch.equal(pool, before)
+
+
+def test_a_gate_of_minus_infinity_is_checked_and_decodes(again):
+    op, given, pool = step()
+    op.decode(**given, state_pool=pool.clone())
+    given["g"][1] = -float("inf")
+    o_ref, right = recurrence_reference(kg.load("kda"), given, pool.double())
+    o = op.decode(**given, state_pool=pool)
+    assert again[-1] is False and off(o, o_ref) < 1e-5 and off(pool, right) < 1e-5
+
+
+def test_other_sizes_strides_and_dtypes_are_other_kinds(again):
+    op, given, pool = step()
+    op.decode(**given, state_pool=pool)
+    count = len(again)
+    others = [
+        {n: x[:2] for n, x in given.items()},
+        given | {"g": given["g"].transpose(-1, -2).contiguous().transpose(-1, -2)},
+        {n: x.bfloat16() for n, x in given.items()},
+    ]
+    for other in others:
+        op.decode(**other, state_pool=pool)
+    op.decode(**given, state_pool=pool_of(slots=5))
+    with pinned(CpuSchedule(threads=1)):
+        op.decode(**given, state_pool=pool)
+    op.decode(**given, state_pool=pool, state_indices=torch.tensor([2, 0, 1]))
+    assert len(again) == count
+
+
+def test_kinds_that_are_remembered_are_few(monkeypatch):
+    monkeypatch.setattr(cpu_decode, "KINDS", 2)
+    op, given, _ = step()
+    op.decoding.alike.known.clear()
+    for slots in range(3, 8):
+        op.decode(**given, state_pool=pool_of(slots=slots))
+        assert 1 <= len(op.decoding.alike.known) <= 2

@@ -109,7 +109,8 @@ def poisoned(x, pick: int):
         return x
     values = (math.nan, math.inf, -math.inf) if x.dtype.is_floating_point else (-3, -1, 0, 1, 2, 3, 5, 9, 1 << 30)
     changed = x.clone()
-    changed.view(-1)[pick % x.numel()] = values[pick % len(values)]
+    place = torch.unravel_index(torch.tensor(pick % x.numel()), x.shape)  # of a tensor however it lies in memory
+    changed[place] = values[pick % len(values)]
     return changed
 
 

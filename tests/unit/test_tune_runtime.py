@@ -14,7 +14,7 @@ import tuned_tables
 from kdagen.autotune import choose, variants
 from kdagen.autotune import select as selection
 from kdagen.autotune.select import Key
-from kdagen.autotune.sweep import Task, Workload
+from kdagen.autotune.sweep import Task, Workload, bucket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from tuned_tables import H100, H200
@@ -517,7 +517,7 @@ def test_buckets_by_comparisons_alone(work):
         def __ge__(self, other):
             return work >= other
 
-    assert tuned.bucket(Symbolic()) == tuned.bucket(work) == max(0, work.bit_length() - 1)
+    assert bucket(Symbolic()) == bucket(work) == max(0, work.bit_length() - 1)
 
 
 def test_this_cpu_has_a_name_and_cores():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kdagen.autotune.defaults import default_schedule
 from kdagen.autotune.space import Axis, Constraint, Space, describe, space_of
-from kdagen.autotune.space.legal import axes, most_registers
+from kdagen.autotune.space.legal import most_registers
 from kdagen.autotune.sweep import SCHEDULES, Task
 from kdagen.autotune.tiles import lowering
 
@@ -83,10 +83,6 @@ def test_axes_may_be_narrowed():
     survey = space_of(KDA).survey({"chunk_size": 16, "stages": [2, 3]})
     assert {(s.chunk_size, s.stages) for s in survey.legal} == {(16, 2), (16, 3)}
     assert survey.size == space_of(KDA).survey().size // 3 // 2
-
-
-def test_an_axis_without_a_field_is_left_out():
-    assert axes(KDA, {"stages": (1, 2), "of_another_day": (0, 1)}) == (Axis("stages", (1, 2)),)
 
 
 # -- kdagen's
