@@ -139,6 +139,9 @@ def short_convolution(x, weight, layout: Layout, state=None):
     """Of x [B, T, C] by weights [C, 1, width], the same shape; a state [N, width - 1, C] is replaced."""
     past = weight.shape[-1] - 1
     before = x.new_zeros(layout.sequences, past, x.shape[-1]) if state is None else state
+    if layout.ranks is not None:
+        came, x = layout.ranks.behind(x, past)
+        before = torch.cat([came, before[len(came) :]])
     if layout.ends is None:
         seen = torch.cat([before, x], 1)
         found, last = convolved(seen, weight), seen[:, seen.shape[1] - past :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kdagen.errors import ArgumentError
@@ -17,6 +17,7 @@ class Layout:
     ends: tuple[int, ...] | None = None
     cu_seqlens: object = None  # ends as a tensor on the tokens' device
     past: tuple[int, ...] | None = None  # None: there is no cache
+    ranks: object = None  # those that sequences are split over (kdagen.models.ranks)
 
     @property
     def sequences(self) -> int:
@@ -56,8 +57,8 @@ class Layout:
         return torch.cat(parts, 0 if self.ends is None else 1)
 
 
-def layout_of(ids, cu_seqlens, past: tuple[int, ...] | None) -> Layout:
-    """The layout of a call, checked."""
+def layout_of(ids, cu_seqlens, past: tuple[int, ...] | None, group=None) -> Layout:
+    """The layout of a call, checked; over the ranks of a group if there is one."""
     if ids.dim() != 2:
         raise ArgumentError(
             f"input_ids has shape {list(ids.shape)}, expected [B, T]: call input_ids.unsqueeze(0) for one sequence"
@@ -71,6 +72,10 @@ def layout_of(ids, cu_seqlens, past: tuple[int, ...] | None) -> Layout:
                 f"0 and the end of each sequence, the last being {ids.shape[1]}"
             )
     found = Layout(*ids.shape, ends, cu_seqlens, past)
+    if group is not None:
+        from kdagen.models.ranks import ranks_of
+
+        found = replace(found, ranks=ranks_of(group, ids.shape[0], found.lengths, ends is not None))
     if past is not None and len(past) != found.sequences:
         raise ArgumentError(
             f"the cache holds {len(past)} sequences, input_ids {found.sequences}: expected as many, such as "

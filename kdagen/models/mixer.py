@@ -131,6 +131,8 @@ class Mixer(nn.Module):
     def scan(self, given: dict, layout: Layout, state: RecurrentState | None):
         """The op on its arguments; a state is replaced."""
         op = self.half_op if any(x.dtype == torch.float16 for x in given.values()) else self.op
+        if layout.ranks is not None:
+            op = layout.ranks.over(op)
         if state is None:
             return op(**given, cu_seqlens=layout.cu_seqlens)[0]
         if layout.steps:

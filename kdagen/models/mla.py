@@ -97,6 +97,8 @@ class LatentAttention(nn.Module):
 
     def attention(self, q, latents, layout: Layout, state: LatentState | None):
         """[B, T, heads, value channels], by what is cheapest for a layout."""
+        if layout.ranks is not None:
+            return self.over_ranks(q, *layout.ranks.behind(latents), layout)
         if state is not None and layout.steps:
             return self.absorbed(q, state.latents, layout)
         if layout.alike:
@@ -109,10 +111,19 @@ class LatentAttention(nn.Module):
             parts.append(self.expanded(layout.of(q, n), seen, past[n]))
         return layout.joined(parts)
 
+    def over_ranks(self, q, before, latents, layout: Layout):
+        """The same, the first sequence (of rows, all) behind its latents of other ranks."""
+        if layout.ends is None:
+            return self.expanded(q, torch.cat([before, latents], 1), before.shape[1])
+        seen = [layout.of(latents, n) for n in range(layout.sequences)]
+        seen[0] = torch.cat([before, seen[0]], 1)
+        pasts = [before.shape[1]] + [0] * (len(seen) - 1)
+        return layout.joined([self.expanded(layout.of(q, n), *x) for n, x in enumerate(zip(seen, pasts))])
+
     def expanded(self, q, latents, past: int):
         """By keys and values of all tokens, each query behind `past` of them; as many heads at a time as have room."""
-        if not q.shape[1]:
-            return q.new_empty(*q.shape[:-1], self.value)
+        if not q.shape[1]:  # of the latents still: other ranks may ask for their gradients
+            return latents[:, :0, None, :1].expand(-1, -1, self.heads, self.value)
         weights = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
         count = max(1, KEY_ELEMENTS // max(1, latents[..., 0].numel() * (self.own + self.shared + self.value)))
         groups = [slice(h, h + count) for h in range(0, self.heads, count)]

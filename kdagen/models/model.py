@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kdagen.errors import ArgumentError
 from kdagen.models.config import Config
 from kdagen.models.layers import MLP, Linear, Packed, RMSNorm, attended
 from kdagen.models.layout import Layout, layout_of
@@ -107,18 +108,26 @@ class KimiLinear(nn.Module):
         """That of activations; some parameters stay in float32 whatever it is."""
         return self.model.norm.weight.dtype
 
-    def forward(self, input_ids, cache=None, cu_seqlens=None, last: bool = False):
+    def forward(self, input_ids, cache=None, cu_seqlens=None, last: bool = False, group=None):
         """Logits [B, T, vocab_size] of tokens [B, T].
 
         Args:
             cu_seqlens: 0 and the end of each of N sequences that stand behind each other in a single row.
             cache: what came before (`new_cache`); it is brought up to date, and no gradient flows.
             last: of the last token of each sequence alone, [N, vocab_size].
+            group: of torch.distributed, such as dist.group.WORLD: each rank has consecutive tokens of every sequence,
+                and gives its own (cu_seqlens too: see kdagen.sequence_parallel). Gradients of parameters are its own
+                contribution, to be summed over the group.
 
         Raises:
-            ArgumentError: shapes or sequences that do not fit each other, or the cache.
+            ArgumentError: shapes or sequences that do not fit each other, the cache, or those of other ranks.
         """
-        layout = layout_of(input_ids, cu_seqlens, None if cache is None else tuple(cache.lengths))
+        if group is not None and (cache is not None or last):
+            raise ArgumentError(
+                f"{'a cache' if cache is not None else 'last=True'} was given beside a group: expected neither, for "
+                f"sequences are split over ranks in training and scoring alone; generate in one process"
+            )
+        layout = layout_of(input_ids, cu_seqlens, None if cache is None else tuple(cache.lengths), group)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             h = self.model(input_ids, layout, cache)
             if cache is not None:
