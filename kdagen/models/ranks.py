@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from kdagen.errors import ArgumentError
+from kdagen.runtime.exchange import Exchange
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,21 +61,18 @@ def _over(op, group):
 
 def ranks_of(group, batch: int, lengths: tuple[int, ...], ragged: bool) -> Ranks:
     """The ranks of a call, each of which has told the others of its tokens."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ArgumentError(
-            "a group was given, but torch.distributed is not initialised: run under torchrun, and call "
-            "torch.distributed.init_process_group() first"
-        )
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ArgumentError(f"rank {dist.get_rank()} is not in the group, expected only its ranks to call the model")
-    every: list = [None] * size
-    dist.all_gather_object(every, (batch, ragged, lengths[-1] if lengths else 0, len(lengths) > 1), group=group)
+    exchange = Exchange("the model", group)
+    every = exchange.told((batch, ragged, len(lengths), lengths[-1] if lengths else 0))
     if len({said[:2] for said in every}) > 1:
         listed = ", ".join(f"{b}{' and cu_seqlens' if r else ''} on rank {n}" for n, (b, r, *_) in enumerate(every))
         raise ArgumentError(f"the batch is {listed}; expected the same on all, for ranks differ in their tokens alone")
-    *_, counts, several = zip(*every)
-    return Ranks(group, rank, counts, tuple(ragged and several_here for several_here in several))
+    *_, pieces, counts = zip(*every)
+    if ragged and 0 in pieces:
+        raise ArgumentError(
+            f"cu_seqlens of rank {pieces.index(0)} holds no sequence, expected at least one on each rank: [0, 0] where "
+            f"the one that goes on has no token"
+        )
+    return Ranks(group, exchange.rank, counts, tuple(ragged and n > 1 for n in pieces))
 
 
 class Behind(torch.autograd.Function):
@@ -98,11 +96,7 @@ class Behind(torch.autograd.Function):
         before = _in_front(before[:, max(0, before.shape[1] - sum(held)) :], sum(held))
         asked = dict(zip(ranks.past, before.split(held, 1)))
         mine = _scattered([asked.get(n, own[:, :0]) for n in range(ranks.size)], counts, ranks)
-        return (
-            torch.cat([own[:, : own.shape[1] - mine.shape[1]], own[:, own.shape[1] - mine.shape[1] :] + mine], 1),
-            None,
-            None,
-        )
+        return own + F.pad(mine, (0, 0, ctx.tokens - mine.shape[1], 0)), None, None
 
 
 def _in_front(x, count: int):

@@ -34,10 +34,15 @@ class Exchange:
         """Whether nothing comes before this rank."""
         return self.rank == 0
 
+    def told(self, said) -> list:
+        """What each rank says: plain objects, for which a GPU is waited for."""
+        every: list = [None] * self.size
+        dist.all_gather_object(every, said, group=self.group)
+        return every
+
     def compare(self, said: dict | None, error: Exception | None) -> None:
         """Refuses what differs between ranks; if one refuses its own arguments, so do all."""
-        every: list = [None] * self.size
-        dist.all_gather_object(every, str(error) if error else said, group=self.group)
+        every = self.told(str(error) if error else said)
         if error:
             raise error
         for rank, other in enumerate(every):

@@ -45,11 +45,21 @@ def on_rank(rank: int) -> dict:
         own = None if ends is None else part_of(torch.tensor(ends), start, end)[0]
         found[name] = run(name, ids[:, start:end], own, weights[:, start:end], dist.group.WORLD)
     made = model(KDA, num_hidden_layers=3)
-    try:
-        made(tokens(1 + rank, 4), group=dist.group.WORLD)
-    except ArgumentError as error:
-        found["batches"] = str(error)
+    ends = torch.tensor([0, 4] if rank else [0])
+    found["batches"] = said(lambda: made(tokens(1 + rank, 4), group=dist.group.WORLD))
+    found["no sequence"] = said(lambda: made(tokens(1, 4 if rank else 0), cu_seqlens=ends, group=dist.group.WORLD))
+    found["cache"] = said(lambda: made(tokens(1, 4), cache=made.new_cache(), group=dist.group.WORLD))
+    found["last"] = said(lambda: made(tokens(1, 4), last=True, group=dist.group.WORLD))
+    first = dist.new_group([0, 1])
+    found["outside"] = said(lambda: made(tokens(1, 4), group=first)) if rank == 2 else ""
     return found
+
+
+def said(call) -> str:
+    """The message of a call's error."""
+    with pytest.raises(ArgumentError) as refused:
+        call()
+    return str(refused.value)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +79,24 @@ def test_equals_one_process(name, found):
         assert (mine - expected).norm() <= 1e-11 * expected.norm(), n
 
 
-def test_batches_that_differ(found):
-    message = (
-        "the batch is 1 on rank 0, 2 on rank 1, 3 on rank 2; expected the same on all, for ranks differ in their "
-        "tokens alone"
-    )
-    assert [part["batches"] for part in found] == [message] * 3
+BESIDE = (
+    "{} was given beside a group: expected neither, for sequences are split over ranks in training and scoring alone; "
+    "generate in one process"
+)
+ERRORS = {
+    "batches": "the batch is 1 on rank 0, 2 on rank 1, 3 on rank 2; expected the same on all, for ranks differ in "
+    "their tokens alone",
+    "no sequence": "cu_seqlens of rank 0 holds no sequence, expected at least one on each rank: [0, 0] where the one "
+    "that goes on has no token",
+    "cache": BESIDE.format("a cache"),
+    "last": BESIDE.format("last=True"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case, found):
+    assert [part[case] for part in found] == [ERRORS[case]] * 3
+
+
+def test_a_rank_outside_the_group(found):
+    assert found[2]["outside"].startswith("the model: rank 2 is not in the group, expected only its ranks to call: ")
