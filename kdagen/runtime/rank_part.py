@@ -70,6 +70,11 @@ class Part:
         return slice(-1, None) if self.ragged else slice(None)
 
     @property
+    def any_width(self) -> bool:
+        """Whether the op takes values of as many channels as one likes: kernels have a fixed number."""
+        return self.device.type == "cpu"
+
+    @property
     def through(self) -> bool:
         """Whether what comes also goes on."""
         return not self.ragged or self.sizes["N"] == 1
@@ -108,7 +113,7 @@ class Part:
 
     def linear(self, tensors: tuple, own, cu_seqlens) -> tuple:
         """(O_own, E, M, Q). On the CPU by one run, with channels for an identity beside those of values."""
-        if not (self.device.type == "cpu" and self.through and silenced(self.op)):
+        if not (self.any_width and self.through and silenced(self.op)):
             return *self.run(tensors, own, cu_seqlens), *self.transition(tensors, cu_seqlens)
         k, v = self.sizes["K"], self.sizes["V"]
         wider = self.with_values(tensors, lambda x: F.pad(x, (0, k)))
@@ -122,7 +127,7 @@ class Part:
         identity is large then, so that nothing is lost by that.
         """
         k, v, silent = self.sizes["K"], self.sizes["V"], silenced(self.op)
-        width = k if silent and self.device.type == "cpu" else v  # kernels take states of one width
+        width = k if silent and self.any_width else v
         ends, scale = cu_seqlens[:2] if self.ragged else None, 1.0
         if silent:
             tensors = self.with_values(tensors, lambda x: x.new_zeros(*x.shape[:-1], width))
