@@ -20,7 +20,7 @@ def on_ranks(function, count: int, *args) -> list:
 
 def _one(rank: int, function, count: int, folder: str, args: tuple) -> None:
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=60)
+    wait = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count, timeout=wait)
     torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -91,7 +91,6 @@ CASES = {
     "gated_deltanet": Case("gated_deltanet", (5, 9, 4)),
     "mamba2": Case("mamba2", (5, 9, 4)),
     "rwkv7": Case("rwkv7", (5, 9, 4)),
-    "deltaproduct": Case("deltaproduct", (5, 9, 4)),
     "values in the rate": Case("write_by_distance", (5, 9, 4)),
     "ends within ranks": Case("kda", (9, 7, 8), (1, 2, 4, 3), ends=(0, 4, 13, 13, 24)),
     "one sequence through": Case("kda", (6, 7, 8), (1, 2, 4, 3), ends=(0, 2, 18, 21)),
