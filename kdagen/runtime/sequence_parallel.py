@@ -53,7 +53,8 @@ class SequenceParallel:
     parameters of the head are each rank's own contribution, to be summed over the group as in data parallelism.
 
     The first call compares what the ranks were given, and so does a call with `check=True`, which waits for a GPU.
-    States pass between ranks in the op's own state_dtype, sums of them in float32 at least.
+    A state that passes is rounded to the op's state_dtype, as between calls of one process; sums are float32 at least.
+    torch.compile is kept out by torch.compiler.disable around this.
     """
 
     def __init__(self, op, group=None):
@@ -124,7 +125,7 @@ class SequenceParallel:
         }
 
     def __repr__(self) -> str:
-        return f"<{self.op!r} over {self.exchange.size} ranks>"
+        return f"<kdagen op {self.op.signature} over {self.exchange.size} ranks>"
 
 
 def part_of(cu_seqlens, start: int, end: int) -> tuple:
