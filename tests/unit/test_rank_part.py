@@ -5,14 +5,13 @@ from queue import Queue
 
 import foreign
 import pytest
+import ranks
 import torch
 
 import kdagen as kg
 from kdagen.reference import recurrence_reference
-from kdagen.runtime.call import forward
 from kdagen.runtime.exchange import Exchange, times
-from kdagen.runtime.rank_part import Part, Through, couples, silenced
-from kdagen.runtime.torch_op import NAMES
+from kdagen.runtime.rank_part import Part, couples, silenced
 
 TOKENS = (5, 1, 6)  # of each rank
 OWN = {n: recurrence for n, (recurrence, *_) in foreign.CASES.items()}
@@ -37,57 +36,11 @@ UNUSUAL = [
 ]
 
 
-class InTurn:
-    """Ranks that run one after another: from the first in the forward, from the last in the backward."""
-
-    def __init__(self, rank: int, passed: dict):
-        self.rank, self.passed, self.first = rank, passed, rank == 0
-
-    def before(self, state, transition, columns, reverse=False):
-        came = self.passed.get(reverse)
-        self.passed[reverse] = state if came is None else state + (0 if transition is None else times(transition, came))
-        return came
-
-    def from_last(self, state):
-        return state
-
-    def to_last(self, cotangent):
-        return cotangent if self.rank == len(TOKENS) - 1 else None
-
-
-def parts(op, given: dict, state):
-    """Each rank's part of the whole, and its tensors."""
-    per_token, passed, start = {a.name for a in op.form.arguments if a.per_token}, {}, 0
-    for rank, count in enumerate(TOKENS):
-        own = [x[:, start : start + count] if n in per_token else x for n, x in given.items()]
-        call = forward(op.signature, op.state, NAMES[""], (*own, state, True), {})
-        yield Part.of(op, InTurn(rank, passed), call), own
-        start += count
-
-
-def gradients(results: list, cotangents: list, leaves: list) -> list:
-    found = torch.autograd.grad(results, leaves, cotangents, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
-
-
-def over_ranks(op, given: dict, state, d_out, d_state) -> list:
-    """Output, final state and gradients; the ranks' backward in one graph that runs from the last to the first."""
-    leaves = [x.clone().requires_grad_() for x in given.values()]
-    first, outs, finals = state.clone().requires_grad_(), [], []
-    for part, own in parts(op, dict(zip(given, leaves)), state):
-        o, final = Through.apply(part, None, first, *own)
-        outs.append(o)
-        finals.append(final)
-    asked = [(o, d) for o, d in zip(outs, d_out.split(TOKENS, 1))] + [(finals[-1], d_state)]
-    found = gradients([x for x, _ in asked], [d for _, d in asked], [*leaves, first])
-    return [torch.cat(outs, 1).detach(), finals[-1].detach(), *found]
-
-
 def alone(op, given: dict, state, d_out, d_state) -> list:
     """The same in one call."""
     leaves, first = [x.clone().requires_grad_() for x in given.values()], state.clone().requires_grad_()
     o, final = op(**dict(zip(given, leaves)), initial_state=first, output_final_state=True)
-    return [o.detach(), final.detach(), *gradients([o, final], [d_out, d_state], [*leaves, first])]
+    return [o.detach(), final.detach(), *ranks.gradients([o, final], [d_out, d_state], [*leaves, first])]
 
 
 def drawn(op, k: int, v: int, gate: str = "mild") -> tuple:
@@ -107,7 +60,7 @@ def test_every_recurrence(name):
     torch.manual_seed(0)
     op = kg.compile(OWN.get(name, name))
     given = drawn(op, 4, 3)
-    for found, expected in zip(over_ranks(op, *given), alone(op, *given), strict=True):
+    for found, expected in zip(ranks.over_ranks(op, TOKENS, *given), alone(op, *given), strict=True):
         assert off(found, expected) <= 1e-12
 
 
@@ -117,7 +70,7 @@ def test_strong_gates_and_resets(name, gate):
     torch.manual_seed(0)
     op = kg.compile(name)
     given = drawn(op, 4, 3, gate)
-    for found, expected in zip(over_ranks(op, *given), alone(op, *given), strict=True):
+    for found, expected in zip(ranks.over_ranks(op, TOKENS, *given), alone(op, *given), strict=True):
         assert off(found, expected) <= 1e-12
 
 
@@ -128,14 +81,14 @@ def test_states_of_one_width_as_kernels_take_them(name, k, v, monkeypatch):
     op = kg.compile(OWN.get(name, name))
     monkeypatch.setattr(Part, "any_width", False)
     given = drawn(op, k, v)
-    for found, expected in zip(over_ranks(op, *given), alone(op, *given), strict=True):
+    for found, expected in zip(ranks.over_ranks(op, TOKENS, *given), alone(op, *given), strict=True):
         assert off(found, expected) <= 1e-12
 
 
 def test_what_a_rank_makes_of_a_state_is_what_the_recurrence_makes_of_it():
     op, recurrence = kg.compile("kda"), kg.load("kda")
     given, state, *_ = drawn(op, 4, 3)
-    (_, (part, own), _) = parts(op, given, state)
+    (_, (part, own), _) = ranks.parts(op, TOKENS, given, state)
     o, out, made, reads = part.linear(tuple(own), None, None)
     expected, final = recurrence_reference(recurrence, dict(zip(given, own)), state)
     assert off(o + torch.einsum("bthk,bhkv->bthv", reads, state), expected) <= 1e-12
@@ -150,7 +103,7 @@ def test_large_values_in_float32_take_nothing_from_the_transition():
     given = {n: 100 * x if n in ("v", "target") else x for n, x in given.items()}
 
     def transition(tensors: dict):
-        (_, (part, own), _) = parts(op, tensors, state.to(tensors["v"].dtype))
+        (_, (part, own), _) = ranks.parts(op, TOKENS, tensors, state.to(tensors["v"].dtype))
         return part.linear(tuple(own), None, None)[2].double()
 
     assert off(transition({n: x.float() for n, x in given.items()}), transition(given)) <= 2e-6
@@ -160,7 +113,7 @@ def test_a_diagonal_transition_is_sent_as_its_diagonal():
     for name, diagonal in (("gla", True), ("mamba2", True), ("hgrn2", True), ("kda", False), ("dplr", False)):
         op = kg.compile(name)
         given, state, *_ = drawn(op, 4, 3)
-        (_, (part, own), _) = parts(op, given, state)
+        (_, (part, own), _) = ranks.parts(op, TOKENS, given, state)
         assert part.linear(tuple(own), None, None)[2].shape == (2, 2, 4, 1 if diagonal else 4)
         assert couples(op) != diagonal
 
@@ -193,10 +146,10 @@ def test_ranks_are_composed_in_order(size, diagonal, reverse):
     mail = {(a, b): Queue() for a in range(size) for b in range(size)}
     columns = 1 if diagonal else 3
     states, transitions = torch.randn(size, 1, 3, 2, dtype=torch.float64), torch.randn(size, 1, 3, columns).double()
-    ranks = [Threads(rank, size, mail) for rank in range(size)]
+    threads = [Threads(rank, size, mail) for rank in range(size)]
     last = size - 1 if reverse else 0  # that nothing comes to
     with ThreadPoolExecutor(size) as pool:
-        run = lambda r: ranks[r].before(states[r], None if r == last else transitions[r], columns, reverse)  # noqa: E731
+        run = lambda r: threads[r].before(states[r], None if r == last else transitions[r], columns, reverse)  # noqa: E731
         found = list(pool.map(run, range(size)))
     order = list(range(size))[:: -1 if reverse else 1]
     assert found[order[0]] is None
@@ -205,5 +158,5 @@ def test_ranks_are_composed_in_order(size, diagonal, reverse):
         assert off(found[rank], expected) <= 1e-12
         expected = times(transitions[rank], expected) + states[rank]
     rounds = (size - 1).bit_length()
-    assert max(rank.sent for rank in ranks) <= rounds * 3 * (2 + columns)
-    assert ranks[order[0]].sent == rounds * 3 * 2  # the state alone
+    assert max(rank.sent for rank in threads) <= rounds * 3 * (2 + columns)
+    assert threads[order[0]].sent == rounds * 3 * 2  # the state alone
