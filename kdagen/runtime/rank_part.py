@@ -70,8 +70,8 @@ class Part:
         return slice(-1, None) if self.ragged else slice(None)
 
     @property
-    def any_width(self) -> bool:
-        """Whether the op takes values of as many channels as one likes: kernels have a fixed number."""
+    def on_cpu(self) -> bool:
+        """Whether the op takes any number of value channels, and its backward finds by itself what was not kept."""
         return self.device.type == "cpu"
 
     @property
@@ -84,8 +84,8 @@ class Part:
     def forward(self, tensors: tuple, initial, cu_seqlens, keeping: bool) -> tuple:
         """Output, final state (None unless wanted); then what the backward needs: the state before, M, Q, what is kept.
 
-        On the first rank the op runs as it is. On others its forward is run again in the backward, by when the state
-        before is known: what they keep is Q, of the size of q.
+        On the first rank the op runs as it is. On others the states within are found again in the backward, by when the
+        one before is known: what they keep is Q, of the size of q.
         """
         if self.exchange.first:
             given = *tensors, initial, True, cu_seqlens
@@ -113,7 +113,7 @@ class Part:
 
     def linear(self, tensors: tuple, own, cu_seqlens) -> tuple:
         """(O_own, E, M, Q). On the CPU by one run, with channels for an identity beside those of values."""
-        if not (self.any_width and self.through and silenced(self.op)):
+        if not (self.on_cpu and self.through and silenced(self.op)):
             return *self.run(tensors, own, cu_seqlens), *self.transition(tensors, cu_seqlens)
         k, v = self.sizes["K"], self.sizes["V"]
         wider = self.with_values(tensors, lambda x: F.pad(x, (0, k)))
@@ -127,7 +127,7 @@ class Part:
         identity is large then, so that nothing is lost by that.
         """
         k, v, silent = self.sizes["K"], self.sizes["V"], silenced(self.op)
-        width = k if silent and self.any_width else v
+        width = k if silent and self.on_cpu else v
         ends, scale = cu_seqlens[:2] if self.ragged else None, 1.0
         if silent:
             tensors = self.with_values(tensors, lambda x: x.new_zeros(*x.shape[:-1], width))
@@ -160,7 +160,7 @@ class Part:
             d_after = self.d_after(d_out, d_state, made, reads)
             if d_out is None and d_after is None:
                 return (None,) * (count + 1)
-            if not self.exchange.first:
+            if not (self.exchange.first or self.on_cpu):
                 *_, kept = self.op.training_op(*tensors, before, False, cu_seqlens, self.check)
         *gradients, d_before = self.op.backward_op(*tensors, before, cu_seqlens, kept, d_out, self.outside(d_after))
         return d_before if self.exchange.first else self.outside(self.without_first(d_before)), *gradients

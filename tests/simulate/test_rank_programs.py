@@ -27,7 +27,7 @@ class OnGpu:
 @pytest.mark.parametrize("name, state", [("kda", StateType()), ("gla", StateType("VK"))])
 def test_programs_over_ranks_are_within_tolerance(name, state, tmp_path, monkeypatch):
     simulated_gpu.install(monkeypatch)
-    monkeypatch.setattr(Part, "any_width", False)
+    monkeypatch.setattr(Part, "on_cpu", False)
     recurrence = zoo.get(name)
     schedule = {"chunk_size": 16}
     packages.write(tmp_path / "ops", compile_op(recurrence, 64, schedule=schedule, state=state), tmp_path)

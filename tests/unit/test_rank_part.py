@@ -79,7 +79,7 @@ def test_strong_gates_and_resets(name, gate):
 def test_states_of_one_width_as_kernels_take_them(name, k, v, monkeypatch):
     torch.manual_seed(0)
     op = kg.compile(OWN.get(name, name))
-    monkeypatch.setattr(Part, "any_width", False)
+    monkeypatch.setattr(Part, "on_cpu", False)
     given = drawn(op, k, v)
     for found, expected in zip(ranks.over_ranks(op, TOKENS, *given), alone(op, *given), strict=True):
         assert off(found, expected) <= 1e-12
