@@ -25,8 +25,14 @@ FUNCTIONS = {
 }
 
 
+# Powers: of -1/2, of 1/2, any other.
+POWERS = "T.rsqrt({0})", "T.sqrt({0})", "T.pow({0}, {1})"
+
+
 class TilePrinter(StrPrinter):
     """Prints with `accesses` standing for symbols; every number is a float."""
+
+    functions, powers, form = FUNCTIONS, POWERS, "GPU form"
 
     def __init__(self, accesses: Mapping[sympy.Symbol, str]):
         super().__init__()
@@ -37,16 +43,16 @@ class TilePrinter(StrPrinter):
 
     def _print_Function(self, expr):
         name = expr.func.__name__
-        if name not in FUNCTIONS:
-            raise RecurrenceError(f"'{expr}' has no GPU form: expected functions among {', '.join(FUNCTIONS)}")
-        return FUNCTIONS[name].format(*(self._print(a) for a in expr.args))
+        if name not in self.functions:
+            raise RecurrenceError(f"'{expr}' has no {self.form}: expected functions among {', '.join(self.functions)}")
+        return self.functions[name].format(*(self._print(a) for a in expr.args))
 
     _print_Abs = _print_Heaviside = _print_Function  # sympy prints these in a way of its own
 
     def _print_minmax(self, expr):
         first, *rest = (self._print(a) for a in expr.args)
         for other in rest:
-            first = FUNCTIONS[expr.func.__name__].format(first, other)
+            first = self.functions[expr.func.__name__].format(first, other)
         return first
 
     _print_Max = _print_Min = _print_minmax
@@ -54,25 +60,28 @@ class TilePrinter(StrPrinter):
     def _print_KroneckerDelta(self, expr):
         return f"T.if_then_else({self._print(expr.args[0])} == {self._print(expr.args[1])}, 1.0, 0.0)"
 
-    def _print_Exp1(self, expr):
-        return repr(float(expr))
-
     def _print_Pow(self, expr, rational=False):
+        base, (inverse_root, root, power) = self._print(expr.base), self.powers
         if expr.exp == sympy.Rational(-1, 2):
-            return f"T.rsqrt({self._print(expr.base)})"
+            return inverse_root.format(base)
         if expr.exp == sympy.Rational(1, 2):
-            return f"T.sqrt({self._print(expr.base)})"
+            return root.format(base)
         if expr.exp.is_Integer and 1 < expr.exp <= 4:
-            return "(" + " * ".join([f"({self._print(expr.base)})"] * int(expr.exp)) + ")"
+            return "(" + " * ".join([f"({base})"] * int(expr.exp)) + ")"
         if expr.exp == -1:
-            return f"(1.0 / ({self._print(expr.base)}))"
-        return f"T.pow({self._print(expr.base)}, {self._print(expr.exp)})"
+            return f"({self.number(1.0)} / ({base}))"
+        return power.format(base, self._print(expr.exp))
+
+    @staticmethod
+    def number(value: float) -> str:
+        """A number as it is written."""
+        return repr(value)
 
     def _print_number(self, expr):
-        return repr(float(expr))
+        return self.number(float(expr))
 
     _print_Integer = _print_Rational = _print_Float = _print_NumberSymbol = _print_number
-    _print_Pi = _print_number
+    _print_Pi = _print_Exp1 = _print_number
     _print_Zero = _print_One = _print_NegativeOne = _print_Half = _print_number
 
 
