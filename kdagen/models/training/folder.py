@@ -97,8 +97,8 @@ class Folder:
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
         if len(lines) < step or not all(line.endswith("\n") for line in lines[:step]):
             raise TrainingError(
-                f"{self.metrics} has {len(lines)} steps, checkpoint.pt is of step {step}: expected a line for each; put "
-                f"the file back, or start again in a new folder"
+                f"{self.metrics} has {len(lines)} steps, checkpoint.pt is of step {step}: expected a line for each; "
+                f"put the file back, or start again in a new folder"
             )
         written(self.metrics, lambda path: path.write_text("".join(lines[:step])))
 

@@ -1,4 +1,4 @@
-"""The plot at the end of runs: loss and accuracy over steps, a line a run. Drawn by matplotlib."""
+"""The plot at the end of runs: figures over steps or lengths, a line a run. Drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def figure_class():
     return Figure
 
 
-def draw(panels: dict[str, dict[str, tuple]], path, title: str) -> Path:
+def draw(panels: dict[str, dict[str, tuple]], path, title: str, along: str = "step") -> Path:
     """Writes a PNG.
 
     Args:
@@ -27,8 +27,8 @@ def draw(panels: dict[str, dict[str, tuple]], path, title: str) -> Path:
     figure = figure_class()(figsize=(4.2 * len(panels), 3.2), dpi=150, layout="constrained")
     for axes, (what, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name, (x, y) in lines.items():
-            axes.plot(x, y, label=name, linewidth=1.2)
-        axes.set(xlabel="step", title=what)
+            axes.plot(x, y, label=name, linewidth=1.2, marker="o" if len(x) < 10 else None)
+        axes.set(xlabel=along, title=what)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
