@@ -26,11 +26,11 @@ from kdagen.models.training.plot import figure_class
 
 SMALL = {
     **{"task": tuple(TASKS), "mixer": ("kda", "gated_deltanet", "mamba2"), "length": (32,), "lr": (5e-3,)},
-    **{"steps": 500, "batch": 32, "heads": 2, "head_dim": 32, "stacks": 4, "until": 0.999},
+    **{"steps": 500, "batch": 32, "heads": 2, "head_dim": 32, "stacks": 4, "until": 0.999, "threads": 1},
 }
 REPORT = SMALL | {
     **{"length": (256, 512, 1024, 2048), "lr": (5e-5, 1e-4, 5e-4, 1e-3)},
-    **{"steps": 20_000, "head_dim": 128, "stacks": 64},
+    **{"steps": 20_000, "head_dim": 128, "stacks": 64, "threads": None},
 }
 LAYERS = 2
 
@@ -149,11 +149,11 @@ def options_of(given: dict, report: bool) -> dict:
 )
 @click.option("--save-every", type=click.IntRange(1), default=100, help="steps between checkpoints")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option("--threads", type=click.IntRange(1), help="of the CPU; as many as torch takes")
-def main(report: bool, device: str, threads: int | None, **given) -> None:
-    if threads:
-        torch.set_num_threads(threads)
+@click.option("--threads", type=click.IntRange(1), help="of the CPU; 1, for which alone small tensors are large enough")
+def main(report: bool, device: str, **given) -> None:
     options = options_of(given, report)
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
     try:
         figure_class()
         processes = Processes.join(device)

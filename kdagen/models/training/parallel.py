@@ -6,6 +6,7 @@ process. What is saved is whole, so that any number of processes can go on from 
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,8 @@ class Processes:
     def leave(self) -> None:
         """After the last thing that processes do together."""
         if self.count > 1:
+            distributed.barrier()
+            gc.collect()  # divided models hold groups of processes, whose threads must have ended when Python ends
             distributed.destroy_process_group()
 
     @property
