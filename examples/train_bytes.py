@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 examples/train_bytes.py        # each batch and all parameters divided, with FSDP2
 
 The last twentieth of the text is held out, and bits a byte are told of it. Called again, the command goes on where it
-was, or was killed. The model is written to the folder model in --out for KimiLinear.from_pretrained. Needs kdagen[models,report].
+was, or was killed. The model is left in the folder `model` of --out, for KimiLinear.from_pretrained. Needs
+kdagen[models,report].
 """
 
 from __future__ import annotations
@@ -75,15 +76,16 @@ def read(path: Path | None, pattern: str, most: int) -> bytes:
     return b"".join(found)[:most]
 
 
-def model_of(hidden: int, layers: int, heads: int, mixer: str, ratio: int, seed: int = 0) -> KimiLinear:
+def model_of(hidden: int, layers: int, heads: int, experts: int, mixer: str, ratio: int, seed: int = 0) -> KimiLinear:
     """A hybrid of `ratio` linear layers to one of full attention; a token is a byte."""
     dim, rank = hidden // heads, hidden // 2
     linear = LinearAttention(head_dim=dim, num_heads=heads, mixer=mixer, ratio=ratio)
     latent = {"kv_lora_rank": rank, "qk_nope_head_dim": dim, "qk_rope_head_dim": dim // 4, "v_head_dim": dim}
+    sparse = {"num_experts": experts, "num_experts_per_token": min(2, experts), "moe_intermediate_size": hidden}
     tokens = {"bos_token_id": None, "eos_token_id": END[0], "pad_token_id": None}
     config = Config(
         vocab_size=256, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_experts=0, linear_attn_config=linear, **latent, **tokens,
+        num_attention_heads=heads, linear_attn_config=linear, **sparse, **latent, **tokens,
     )  # fmt: skip
     return KimiLinear(config, seed=seed)
 
@@ -117,6 +119,7 @@ def sample(model: KimiLinear, prompt: str, count: int, seed: int) -> str:
 @click.option("--hidden", type=click.IntRange(8), default=128, help="size")
 @click.option("--layers", type=click.IntRange(1), default=4)
 @click.option("--heads", type=click.IntRange(1), default=2, help="that divide the hidden size among them")
+@click.option("--experts", type=click.IntRange(0), default=0, help="of all MLPs but the first; 0: they are dense")
 @click.option("--mixer", default="kda", help="a name of the zoo, or file.py:name")
 @click.option("--ratio", type=click.IntRange(0), default=3, help="linear layers to one of full attention")
 @click.option("--seed", type=int, default=0)
@@ -151,7 +154,7 @@ def trained(out: Path, options: dict, processes: Processes):
     settings = Settings(**{name: options[name] for name in ("steps", "batch", "lr", "warmup")})
     about = {"length": text.length, "seed": text.seed, "sha256": hashlib.sha256(data).hexdigest()}
     return train(
-        model_of(*(options[name] for name in ("hidden", "layers", "heads", "mixer", "ratio", "seed"))),
+        model_of(*(options[name] for name in ("hidden", "layers", "heads", "experts", "mixer", "ratio", "seed"))),
         lambda step: text.batch(step, settings.batch), settings, out, about,
         held_out=text.evaluation(settings.batch), processes=processes, say=said, title=f"{options['mixer']} on bytes",
         **{name: options[name] for name in ("evaluate_every", "save_every")},
