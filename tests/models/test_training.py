@@ -1,5 +1,6 @@
 """Training runs: nothing lost at a kill, several processes equal to one, and models that learn."""
 
+import io
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ import time
 import pytest
 import torch
 from example_programs import load, run, start
+from rich.console import Console
 from small_models import config
 
 from kdagen.models import KimiLinear
 from kdagen.models.training import Processes, Settings, train
+from kdagen.models.training.display import Display, usual
 from kdagen.models.training.folder import Folder
 from kdagen.models.training.loop import means
 from kdagen.models.training.tasks import Palindrome
@@ -84,7 +87,7 @@ def test_kills_at_every_moment(tmp_path, monkeypatch, call):
                     with folder.metrics.open("a") as file:
                         file.write('{"st')  # a line that was being written
             finally:
-                folder.lock.release(force=True)
+                folder.close()
         again = Folder(tmp_path / str(moment))
         found = again.open({"settings": 1})
         assert [line["step"] for line in again.curve()] == list(range(1, (found["step"] if found else 0) + 1))
@@ -205,3 +208,17 @@ def test_evaluation(tmp_path):
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(runs[2].model(ids).flatten(0, 1), targets.flatten())
     assert abs(float(loss) - runs[2].curve[-1]["held_out_loss"]) < 1e-6
+
+
+def test_what_is_shown():
+    """On a terminal a line that lives; elsewhere a line of the first step, of every tenth part and of the last."""
+    figures = {"loss": 1.25, "accuracy": 0.5, "ms": 7.0, "held_out_loss": 0.75}
+    said = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+        with Display("run", 30, True, usual, console) as display:
+            for step in range(1, 31):
+                display.show(figures | {"step": step})
+        said[terminal] = console.file.getvalue()
+    assert "30/30" in said[True] and "loss 1.2500, accuracy  50.0%, held out 0.7500, 7 ms" in said[True]
+    assert [int(line.split()[2]) for line in said[False].splitlines()] == [1, *range(3, 31, 3)]

@@ -19,7 +19,7 @@ class Folder:
     """A run's files."""
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self.lock = Path(path), None
         self.run, self.metrics, self.checkpoint = map(
             self.path.joinpath, ("run.json", "metrics.jsonl", "checkpoint.pt")
         )
@@ -31,7 +31,13 @@ class Folder:
             TrainingError: the folder is of a run with other settings, used by another process, or damaged.
         """
         self._lock()
-        said = json.loads(json.dumps({"format": FORMAT, **said}))
+        try:
+            return self._opened(json.loads(json.dumps({"format": FORMAT, **said})))
+        except BaseException:
+            self.close()
+            raise
+
+    def _opened(self, said: dict) -> dict | None:
         if not self.run.exists():
             if self.checkpoint.exists() or self.metrics.exists():
                 raise TrainingError(
@@ -57,7 +63,8 @@ class Folder:
 
     def close(self) -> None:
         """Lets others train here."""
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def _compare(self, said: dict) -> None:
         found = self._json()

@@ -82,14 +82,17 @@ def train(
     """
     trainer = Trainer(model, data, settings, Folder(folder), held_out, evaluate_every, processes or Processes())
     trainer.begin({"settings": asdict(settings), "model": model.config.json(), "about": about or {}})
-    with Display(title, settings.steps, show and trainer.processes.first, say) as display:
-        for line in trainer.curve[-1:]:
-            display.show(line, "went on")
-        while not trainer.ended:
-            display.show(trainer.advance())
-            if trainer.done % save_every == 0 or trainer.ended:
-                trainer.save()
-    return trainer.end()
+    try:
+        with Display(title, settings.steps, show and trainer.processes.first, say) as display:
+            for line in trainer.curve[-1:]:
+                display.show(line, "went on")
+            while not trainer.ended:
+                display.show(trainer.advance())
+                if trainer.done % save_every == 0 or trainer.ended:
+                    trainer.save()
+        return trainer.end()
+    finally:
+        trainer.folder.close()
 
 
 class Trainer:
@@ -140,12 +143,12 @@ class Trainer:
         loss, hits, count = self.measured(ids, targets)
         (loss * (self.processes.count / count)).backward()  # gradients of processes are averaged
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         loss, hits = self.processes.total(loss.detach(), hits)
         figures = {"step": self.done + 1, "loss": loss / count, "accuracy": hits / count}
         figures |= {"lr": self.settings.lr_at(self.done), "gradient": float(whole(norm))}
         self._finite(figures)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         figures["ms"] = round((time.perf_counter() - start) * 1e3, 3)
         return self._noted(figures)
 
@@ -154,7 +157,7 @@ class Trainer:
         rows, device = self.processes.rows(len(ids)), self.processes.device
         logits, wanted = self.model(ids[rows].to(device)).flatten(0, 1), targets[rows].to(device).flatten()
         loss = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
-        return loss, (logits.argmax(-1) == wanted).sum(), int((targets != IGNORED).sum())
+        return loss, (logits.argmax(-1) == wanted).sum(), max(1, int((targets != IGNORED).sum()))
 
     def _finite(self, figures: dict) -> None:
         if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient"]):
@@ -190,10 +193,8 @@ class Trainer:
             self.folder.save(state)
 
     def end(self) -> Run:
-        """Whole again; the folder is free for others."""
+        """The run as a whole."""
         model = self.processes.whole(self.model)
-        if self.processes.first:
-            self.folder.close()
         return Run(self.curve, model and model.eval(), self.folder.path)
 
 
