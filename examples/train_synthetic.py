@@ -97,15 +97,16 @@ def best_of(runs: dict[Choice, Run]) -> dict[tuple, tuple]:
     return found
 
 
-def table(best: dict):
-    """Accuracy and time of each."""
+def table(best: dict, options: dict):
+    """Accuracy and time of each; chance is one symbol of all."""
     from rich.table import Table
 
-    found = Table("task", "length", "mixer", "best accuracy", "at lr", "steps", "ms a step")
+    found = Table("task", "length", "mixer", "best accuracy", "chance", "at lr", "steps", "ms a step")
     for column in found.columns[3:]:
         column.justify = "right"
     for (task, length, mixer), (choice, run) in best.items():
-        figures = f"{run.best:.1%}", f"{choice.lr:g}", str(len(run.curve)), f"{run.ms:.0f}"
+        chance = 1 / task_of(choice, options).symbols
+        figures = f"{run.best:.1%}", f"{chance:.1%}", f"{choice.lr:g}", str(len(run.curve)), f"{run.ms:.0f}"
         found.add_row(task, str(length), mixer, *figures)
     return found
 
@@ -161,17 +162,17 @@ def main(report: bool, device: str, **given) -> None:
     except KdagenError as error:
         raise click.ClickException(str(error)) from None
     if processes.first:
-        shown(best_of(runs), Path(options["out"]))
+        shown(best_of(runs), options)
     processes.leave()
 
 
-def shown(best: dict, out: Path) -> None:
+def shown(best: dict, options: dict) -> None:
     """The table, and a plot beside the runs."""
     from rich.console import Console
 
-    Console().print(table(best))
+    Console().print(table(best, options))
     lines, along = panels(best)
-    path = draw(lines, out / "accuracy.png", "training accuracy on sequences never seen", along)
+    path = draw(lines, Path(options["out"]) / "accuracy.png", "training accuracy on sequences never seen", along)
     click.echo(f"wrote {path}")
 
 

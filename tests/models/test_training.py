@@ -12,6 +12,7 @@ from example_programs import load, run, start
 from rich.console import Console
 from small_models import config
 
+from kdagen.errors import ArgumentError
 from kdagen.models import KimiLinear
 from kdagen.models.training import Processes, Settings, train
 from kdagen.models.training.display import Display, usual
@@ -222,3 +223,18 @@ def test_what_is_shown():
         said[terminal] = console.file.getvalue()
     assert "30/30" in said[True] and "loss 1.2500, accuracy  50.0%, held out 0.7500, 7 ms" in said[True]
     assert [int(line.split()[2]) for line in said[False].splitlines()] == [1, *range(3, 31, 3)]
+
+
+def test_what_the_first_process_finds(monkeypatch):
+    """What it reads, and what it refuses, is so on all processes."""
+    sent = []
+    first, second = Processes(0, 2), Processes(1, 2)
+    refuse = lambda: Settings(steps=0)  # noqa: E731
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda found: sent.append(list(found)))
+    assert first.agreed(lambda: 7) == 7
+    with pytest.raises(ArgumentError, match="steps is 0"):
+        first.agreed(refuse)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda found: found.__setitem__(0, sent.pop(0)[0]))
+    assert second.agreed(refuse) == 7
+    with pytest.raises(ArgumentError, match="steps is 0"):
+        second.agreed(lambda: 7)
