@@ -40,7 +40,7 @@ REPORT = {
     "layer_types": ["linear_attention"] * 2,
     "mlp_layer_types": ["dense"] * 2,
 }
-SHAPES = ((32, 256), (8, 256), (1, 256), (32, 1024), (8, 1024), (1, 1024))
+SHAPES = ((8, 256), (1, 256), (1, 1024))
 
 
 def models() -> dict:

@@ -98,10 +98,12 @@ def best_of(runs: dict[Choice, Run]) -> dict[tuple, tuple]:
 
 
 def table(best: dict, options: dict):
-    """Accuracy and time of each; chance is one symbol of all."""
+    """The best accuracy and the time of each; chance is one symbol of all."""
     from rich.table import Table
 
-    found = Table("task", "length", "mixer", "best accuracy", "chance", "at lr", "steps", "ms a step")
+    found = Table(
+        "task", "length", "mixer", "accuracy", "chance", "lr", "steps", "ms a step", box=None, padding=(0, 2, 0, 0)
+    )
     for column in found.columns[3:]:
         column.justify = "right"
     for (task, length, mixer), (choice, run) in best.items():
