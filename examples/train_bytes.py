@@ -103,7 +103,7 @@ def said(figures: dict) -> str:
 
 def sample(model: KimiLinear, prompt: str, count: int, seed: int) -> str:
     """What the model writes after a prompt."""
-    new = model.generate([list(prompt.encode())], count, temperature=0.7, top_p=0.95, seed=seed)[0]
+    new = model.generate([list(prompt.encode())], count, temperature=0.8, top_p=0.95, seed=seed)[0]
     return prompt + bytes(new).rstrip(END).decode(errors="replace")
 
 
@@ -123,7 +123,7 @@ def sample(model: KimiLinear, prompt: str, count: int, seed: int) -> str:
 @click.option("--mixer", default="kda", help="a name of the zoo, or file.py:name")
 @click.option("--ratio", type=click.IntRange(0), default=3, help="linear layers to one of full attention")
 @click.option("--seed", type=int, default=0)
-@click.option("--prompt", default="def ", help="what the sample begins with")
+@click.option("--prompt", default="class ", help="what the sample begins with")
 @click.option("--sample", "count", type=click.IntRange(0), default=300, help="bytes that it writes")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="runs/bytes", help="folder of the run")
 @click.option("--evaluate-every", type=click.IntRange(1), default=50, help="steps")
@@ -175,7 +175,7 @@ def shown(run, out: Path) -> None:
     }
     path = draw({"bits a byte": lines}, out / "bits.png", "")
     run.model.save_pretrained(out / "model")
-    click.echo(f"wrote {path} and {out / 'MODEL'}")
+    click.echo(f"wrote {path} and {out / 'model'}")
 
 
 if __name__ == "__main__":
