@@ -122,7 +122,7 @@ def sample(model: KimiLinear, prompt: str, count: int, seed: int) -> str:
 @click.option("--experts", type=click.IntRange(0), default=0, help="of all MLPs but the first; 0: they are dense")
 @click.option("--mixer", default="kda", help="a name of the zoo, or file.py:name")
 @click.option("--ratio", type=click.IntRange(0), default=3, help="linear layers to one of full attention")
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--prompt", default="class ", help="what the sample begins with")
 @click.option("--sample", "count", type=click.IntRange(0), default=300, help="bytes that it writes")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="runs/bytes", help="folder of the run")

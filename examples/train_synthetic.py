@@ -146,7 +146,7 @@ def options_of(given: dict, report: bool) -> dict:
 @click.option("--until", type=float, help=f"accuracy that ends a run; {SMALL['until']}")
 @click.option("--warmup", type=int, default=50, help="steps in which the rate rises")
 @click.option("--decay", type=click.Choice(("cosine", "linear", "constant")), default="cosine", help="of the rate")
-@click.option("--seed", type=int, default=0, help="of parameters and data")
+@click.option("--seed", type=click.IntRange(0), default=0, help="of parameters and data")
 @click.option(
     "--out", type=click.Path(file_okay=False), default="runs/synthetic", help="where runs are, each in a folder"
 )
