@@ -40,5 +40,9 @@ class GradientError(KdagenError, RuntimeError):
     """A derivative was asked for that is not derived: a second one, or one in forward mode."""
 
 
+class TrainingError(KdagenError):
+    """A training run cannot start or go on as asked, or its loss is no number any more."""
+
+
 class LaunchError(KdagenError):
     """The GPU's driver is missing, or refused to load or launch a kernel."""

@@ -40,8 +40,8 @@ def _constant(number: float) -> Compiled:
 
 def _function(expr: sympy.Expr):
     functions = _functions()
-    if isinstance(expr, sympy.Pow) and expr.exp in ROOTS:
-        return functions[ROOTS[expr.exp]], expr.args[:1]
+    if isinstance(expr, sympy.Pow) and expr.exp in POWERS:
+        return functions[POWERS[expr.exp]], expr.args[:1]
     if expr.func not in functions:
         known = ", ".join(sorted(f if isinstance(f, str) else f.__name__ for f in functions))
         raise RecurrenceError(f"'{expr}' has no form on torch: expected functions among {known}")
@@ -63,7 +63,13 @@ def _into(out, value):
     return value if out is None else out.copy_(value)
 
 
-ROOTS = {sympy.Rational(1, 2): "sqrt", sympy.Rational(-1, 2): "rsqrt", sympy.Integer(-1): "reciprocal"}
+# Powers with functions of their own: torch.pow with a tensor for an exponent takes 30 times as long as a product.
+POWERS = {
+    sympy.Rational(1, 2): "sqrt",
+    sympy.Rational(-1, 2): "rsqrt",
+    sympy.Integer(-1): "reciprocal",
+    sympy.Integer(2): "square",
+}
 
 
 @functools.cache
@@ -98,5 +104,5 @@ def _functions() -> dict:
         sympy.Heaviside: step,
         sigmoid: rate,
         softplus: plus,
-        **{name: getattr(torch, name) for name in ROOTS.values()},
+        **{name: getattr(torch, name) for name in POWERS.values()},
     }

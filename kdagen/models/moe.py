@@ -74,7 +74,7 @@ class SparseMLP(nn.Module):
         return found.view_as(x)
 
     def routed(self, rows):
-        """Each expert once, on all of its rows."""
+        """Each expert once, on all of its rows; without gradients, those that have any."""
         weights, chosen = self.gate(rows)
         if len(rows) == 1:
             parts = [w * self.experts[e](rows) for e, w in zip(chosen[0].tolist(), weights[0])]
@@ -84,7 +84,7 @@ class SparseMLP(nn.Module):
         source, weights = order // chosen.shape[1], weights.flatten()[order].unsqueeze(-1)
         found, start = torch.zeros_like(rows), 0
         for expert, count in zip(self.experts, counts):
-            if count:
+            if count or torch.is_grad_enabled():  # in training all have gradients: processes must hold the same ones
                 mine = source[start : start + count]
                 out = expert(rows[mine]) * weights[start : start + count]
                 found.index_add_(0, mine, out.to(rows.dtype))
