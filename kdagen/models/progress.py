@@ -18,6 +18,7 @@ class Brief:
         self.prompt, self.new, self.sequences = prompt, new, sequences
         self.was_read, self.was_written = 0, 0
         self.began, self.first, self.last = clock(), None, None
+        self.within_line = False
 
     def read(self, tokens: int) -> None:
         """So many more tokens of prompts were read."""
@@ -33,6 +34,7 @@ class Brief:
         """More of the text."""
         self.out.write(piece)
         self.out.flush()
+        self.within_line = not piece.endswith("\n") if piece else self.within_line
 
     @property
     def counts(self) -> str:
@@ -47,6 +49,9 @@ class Brief:
         return self
 
     def __exit__(self, *_) -> None:
+        """Ends the last line."""
+        if self.within_line:
+            Brief.text(self, "\n")
         print(self.counts, file=self.err, flush=True)
 
 
@@ -82,7 +87,9 @@ class Live(Brief):
             self._print(text)
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        from rich.text import Text
+
+        self.console.print(Text(text), soft_wrap=True)
 
     def picture(self):
         """What is shown now."""
@@ -94,7 +101,10 @@ class Live(Brief):
         reading = self.first is None
         done, total = (self.was_read, self.prompt) if reading else (self.was_written, self.new)
         row = Table.grid(padding=(0, 1))
-        row.add_row(ProgressBar(total=max(1, total), completed=done, width=30), Text(self.counts))
+        row.add_row(
+            ProgressBar(total=max(1, total), completed=done, width=20),
+            Text(self.counts, "", overflow="ellipsis", no_wrap=True),
+        )
         return Group(*([Text(self.line)] if self.line else []), row)
 
     def __enter__(self):

@@ -102,11 +102,11 @@ class Run:
             shown.text(piece)
 
     def print(self) -> None:
-        """Ends the line of a single sequence; of several, prints them all."""
+        """Prints several sequences; a single one was printed as it came."""
         texts = ["".join(pieces) for pieces in self.pieces]
         if len(texts) == 1:
-            click.echo(nl=not texts[0].endswith("\n"))
-        elif self.as_ids:
+            return
+        if self.as_ids:
             click.echo("\n".join(texts))
         else:
             for n, text in zip(self.rows, texts):

@@ -250,7 +250,7 @@ def steps(shown, clock):
 def test_one_line_where_there_is_no_terminal():
     out, err, clock = io.StringIO(), io.StringIO(), Clock()
     steps(Brief(8, 6, 2, out, err, clock), clock)
-    assert out.getvalue() == "so it\ngoes"
+    assert out.getvalue() == "so it\ngoes\n"
     assert err.getvalue() == "read 8 tokens in 2.0 s (4 a second); wrote 6 in 4.0 s (1 a second)\n"
 
 
@@ -263,7 +263,7 @@ def test_a_display_on_a_terminal(beside):
     pictures = []
     shown.wrote = lambda count: (Live.wrote(shown, count), pictures.append(shown.picture()))
     steps(shown, clock)
-    assert out.getvalue() == ("" if beside else "so it\ngoes")
+    assert out.getvalue() == ("" if beside else "so it\ngoes\n")
     assert ("so it\n" in screen.getvalue()) is beside
     assert "read 8 tokens in 2.0 s (4 a second); wrote 6 in 4.0 s (1 a second)" in err.getvalue()
     shot = Console(file=io.StringIO(), width=100)
@@ -280,6 +280,8 @@ def test_a_long_line_on_a_terminal():
     with Live(1, 1, console=console, beside=True, err=io.StringIO()) as shown:
         shown.text("x" * 25)
         assert shown.line == "x" * 5
+        shown.text("\n[b] :key:\n")
+        assert "[b] :key:" in screen.getvalue()  # as it is, not as rich's markup
     assert "x" * 10 + "\n" in screen.getvalue() and "x" * 5 + "\n" in screen.getvalue()
 
 
