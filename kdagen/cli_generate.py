@@ -62,6 +62,8 @@ def command(folder, load, save, dtype, device, max_new_tokens, temperature, top_
     prompts = Prompts(folder, going_on=load is not None, **asked)
     if save and not save.absolute().parent.is_dir():
         raise ArgumentError(f"--save-cache {save}: there is no folder {save.parent}: expected one that exists")
+    if load and not load.is_file():
+        raise ArgumentError(f"--load-cache {load}: there is no such file: expected one that --save-cache wrote")
     device = _device(device)
     from kdagen.models.session import Run
 

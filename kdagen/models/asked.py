@@ -36,6 +36,8 @@ class Prompts:
                 f"{self.folder} has no tokenizer.json and no tiktoken.model, and a vocabulary of "
                 f"{self.config.vocab_size}, not of 256 bytes: expected a tokenizer, or token ids by --tokens 1,2,3"
             )
+        if self.ids:
+            self.stop_ids()
         self.tokens = [self._ids("--tokens", text) for text in self.ids] or [self._encoded(t) for t in self._texts()]
 
     @cached_property

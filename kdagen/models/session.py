@@ -43,11 +43,11 @@ class Run:
         pending, over = _pending(cache, load, asked)
         rows = [n for n in range(cache.sequences) if asked.tokens or n not in over]
         prompts = [pending.get(n, []) + (asked.tokens[n] if asked.tokens else []) for n in rows]
-        as_ids = bool(asked.ids) or asked.tokenizer is None or (not asked.tokens and cache.notes.get("ids") == "yes")
+        as_ids = asked.ids or (not asked.tokens and cache.notes.get("ids") == "yes") or asked.tokenizer is None
         ends = set(model.config.stop_tokens) | (asked.stop_ids() if as_ids else set())
         texts = [Text(Numbers()) if as_ids else Text(asked.tokenizer.stream(p[-1]), asked.stops) for p in prompts]
         over = [n for n in over if n not in rows]
-        return cls(model, cache, rows, prompts, as_ids, texts, ends, [[] for _ in rows], pending, over)
+        return cls(model, cache, rows, prompts, bool(as_ids), texts, ends, [[] for _ in rows], pending, over)
 
     def generator(self, seed: int | None):
         """What is drawn with: by a seed, or as a saved run left it, or at random."""

@@ -125,6 +125,8 @@ def test_caches_of_others(cache, bytes_folder, folder, tmp_path_factory):
     said = error(other, "--load-cache", cache)
     assert said.startswith(f"{cache}: the cache of another model: 0.state is [2, 1, 8, 8] there, [2, 1, 4, 4] here")
     weights = folder / "model.safetensors"
+    said = f"--load-cache {cache}s: there is no such file: expected one that --save-cache wrote"
+    assert error(folder, "--load-cache", f"{cache}s") == said
     said = f"{weights}: expected a cache that was saved by Cache.save, format kdagen-cache-1"
     assert error(folder, "--load-cache", weights) == said
 
