@@ -75,7 +75,7 @@ def command(folder, load, save, dtype, device, max_new_tokens, temperature, top_
         with shown:
             run.generate(shown, max_new_tokens, chunk, drawing)
     except KeyboardInterrupt:
-        click.echo("\nstopped" + (f"; {save} was not written" if save else ""), err=True)
+        click.echo("stopped" + (f"; {save} was not written" if save else ""), err=True)
         raise SystemExit(130) from None
     run.print()
     if save:

@@ -240,3 +240,16 @@ def test_more_ranks_than_the_model_knows(text_folder):
         f"{text_folder}/tiktoken.model: 256 tokens for a model with a vocabulary of 11: expected the file and the "
         f"config.json of one model"
     )
+
+
+def test_ctrl_c(folder, tmp_path, monkeypatch):
+    def generate(*_, on_tokens, **__):
+        on_tokens([3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(KimiLinear, "generate", generate)
+    words = ["generate", "--model", str(folder), "--tokens", "1", "--save-cache", str(tmp_path / "cache")]
+    found = CliRunner().invoke(cli.main, words)
+    assert found.exit_code == 130 and found.stdout == "3\n"
+    assert found.stderr.splitlines()[-1] == f"stopped; {tmp_path}/cache was not written"
+    assert not (tmp_path / "cache").exists()
