@@ -8,8 +8,8 @@ Counted: the bytes that the released model's caches hold (`Cache.bytes`, on the 
 budget of memory therefore takes. Measured, on this device: seconds of a decode step and of a prefill, of the hybrid and
 of the same model with full attention (MLA) in all layers. The two share all parameters but those of attention and take
 turns in each round; then each takes as many sequences as fit into the same memory. Caches for decoding are filled with
-random latents, not by a prefill. Modelled: bytes that a step of the released model reads. Reported: figures of the Kimi
-Linear report (arXiv 2510.26692), of GPUs of the class of H100.
+random latents, not by a prefill; on a GPU calls are eager, and launching them counts. Modelled: bytes that a step of
+the released model reads. Reported: figures of the Kimi Linear report (arXiv 2510.26692), of GPUs of the class of H100.
 
 Writes cache_and_speed.json, with all that was measured, and cache_and_speed.png.
 """
@@ -265,6 +265,12 @@ def words(tokens: int) -> str:
     return f"{tokens // M}M" if tokens % M == 0 else f"{tokens // K}K" if tokens % K == 0 else str(tokens)
 
 
+def marked(mark: dict) -> str:
+    """What was measured on."""
+    threads = f"{mark['threads']} thread{'s' * (mark['threads'] > 1)}"
+    return f"{mark['device']}, {threads}, {mark['dtype']}, torch {mark['versions']['torch']}, {mark['date']}"
+
+
 def ratio(row: dict) -> float | None:
     """Full attention's time a token over the hybrid's."""
     if "full" not in row or "hybrid" not in row:
@@ -286,9 +292,8 @@ def tables(record: dict) -> list:
     from rich.table import Table
 
     c, mark = record["cache"], record["measured_on"]
-    on = f"{mark['device']}, {mark['threads']} threads, {mark['dtype']}, {mark['date']}"
     memory = Table(title="Counted: cache of a sequence, released model, bfloat16")
-    times = Table(title=f"Measured: {record['model']}; {on}")
+    times = Table(title=f"Measured: {record['model']}; {marked(mark)}")
     model = Table(
         title=f"Counted and modelled: released model, {record['released_budget'] >> 30} GiB for caches",
     )
@@ -351,11 +356,7 @@ def plot(record: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    mark = record["measured_on"]
-    figure.suptitle(
-        f"Measured: {record['model']}, {mark['device']}, {mark['threads']} threads, {mark['dtype']}, {mark['date']}",
-        fontsize=9,
-    )
+    figure.suptitle(f"Measured: {record['model']}; {marked(record['measured_on'])}", fontsize=9)
     colours = {"hybrid": "tab:blue", "full": "tab:red"}
     rows = record["cache"]["rows"]
     for name in NAMES:
@@ -382,7 +383,7 @@ def plot(record: dict, path: Path) -> None:
         axis.set_xticks(ticks or [K], [words(t) for t in ticks or [K]])
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=72)
     pyplot.close(figure)
 
 
