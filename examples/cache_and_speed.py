@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import time
@@ -246,6 +247,7 @@ def here(device, dtype) -> dict:
         "device": name,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # what else the machine does, and this
         "date": datetime.date.today().isoformat(),
         "versions": versions,
     }
