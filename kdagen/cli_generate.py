@@ -65,7 +65,7 @@ def command(folder, load, save, dtype, device, max_new_tokens, temperature, top_
     if load and not load.is_file():
         raise ArgumentError(f"--load-cache {load}: there is no such file: expected one that --save-cache wrote")
     device = _device(device)
-    from kdagen.models.session import Run
+    from kdagen.models.session import Run  # only now, for it takes torch
 
     with progress.reading(folder):
         run = Run.begun(_model(folder, dtype, device), prompts, load)

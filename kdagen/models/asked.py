@@ -56,9 +56,10 @@ class Prompts:
         return [*self.texts, *map(_text, self.files)]
 
     def _encoded(self, text: str) -> list[int]:
-        if not text:
+        tokens = self.tokenizer.encode(text)
+        if not tokens:
             raise ArgumentError("a prompt is empty: expected some text")
-        return self._known("the tokenizer's", self.tokenizer.encode(text))
+        return self._known("the tokenizer's", tokens)
 
     def _ids(self, option: str, text: str) -> list[int]:
         try:
