@@ -104,6 +104,14 @@ def test_a_run(example, tmp_path, monkeypatch, capsys):
     assert found["report"]["ms_a_token_at_1M"] == {"hybrid": 1.84, "full": 11.48}
 
 
+def test_ratios(example):
+    """Of the rounds, in which both have the same machine; of tokens, not of calls."""
+    times = {"hybrid": {"all": [1.0, 9.0, 2.0]}, "full": {"all": [3.0, 18.0, 8.0]}}
+    assert example.ratio(times) == 3
+    assert example.ratio({**times, "batch": {"hybrid": 6, "full": 3}}) == 6
+    assert example.ratio({"full": times["full"]}) is None
+
+
 def test_sizes_that_are_chosen(example, tmp_path):
     assert example.config_of("released", None) == Config()
     eight = example.config_of("released", 8)
