@@ -15,6 +15,7 @@ COMMANDS = {
     "explain": ("kdagen.cli_explain", "Show how a recurrence is derived, what it costs, how its decays stay finite."),
     "show": ("kdagen.cli_show", "Print what one stage of the compiler makes of a recurrence."),
     "tune": ("kdagen.cli_tune", "Find the fastest schedules: compile anywhere, measure on a device, keep the winners."),
+    "generate": ("kdagen.cli_generate", "Generate text from a saved model; a cache can be kept and gone on from."),
     "simulate": ("kdagen.cli_simulate", "Execute an op's generated GPU program on the CPU."),
 }
 ENVIRONMENT = "\n".join(f"  {name}  {meaning}" for name, meaning in debug.VARIABLES.items())

@@ -7,7 +7,7 @@ and a sequence go on from it in another process.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,10 +18,11 @@ FORMAT = "kdagen-cache-1"
 
 @dataclass
 class Cache:
-    """A state for each layer, and how many tokens each sequence has."""
+    """A state for each layer, and how many tokens each sequence has; notes are saved with it, and mean nothing here."""
 
     layers: list
     lengths: list[int]
+    notes: dict[str, str] = field(default_factory=dict)
 
     def advance(self, counts: tuple[int, ...]) -> None:
         """Counts tokens that all layers have taken."""
@@ -35,6 +36,18 @@ class Cache:
     def select(self, sequences: list[int]) -> Cache:
         """A cache of some of the sequences, in this order; one may come twice, to go on in several ways."""
         return Cache([layer.select(sequences) for layer in self.layers], [self.lengths[n] for n in sequences])
+
+    @torch.no_grad()
+    def put(self, sequence: int, other: Cache) -> None:
+        """Makes one of the sequences what another cache's only one is."""
+        count = self.lengths[sequence] = other.lengths[0]
+        for layer in self.layers:
+            if hasattr(layer, "reserve"):
+                layer.reserve(count)
+        theirs = other.tensors()
+        for name, x in self.tensors().items():
+            used = slice(count if name.endswith("latents") else None)
+            x[sequence, used] = theirs[name][0, used]
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -60,7 +73,8 @@ class Cache:
             name: (x[:, :longest] if name.endswith("latents") else x).contiguous().cpu()
             for name, x in self.tensors().items()
         }
-        save_file(tensors, str(path), {"format": FORMAT, "lengths": json.dumps(self.lengths)})
+        said = {"format": FORMAT, "lengths": json.dumps(self.lengths), "notes": json.dumps(self.notes)}
+        save_file(tensors, str(path), said)
 
     @classmethod
     def load(cls, path, model) -> Cache:
@@ -85,7 +99,7 @@ class Cache:
             if hasattr(layer, "reserve"):
                 layer.reserve(max(lengths, default=0))
         found._fill(tensors, str(path))
-        found.lengths = lengths
+        found.lengths, found.notes = lengths, json.loads(said.get("notes", "{}"))
         return found
 
     @torch.no_grad()

@@ -65,3 +65,20 @@ def test_going_on_from_a_cache(small):
     first = small.generate(PROMPTS, 4, cache=cache)
     rest = small.generate([row[-1:] for row in first], 6, cache=cache)
     assert [a + b for a, b in zip(first, rest)] == expected
+
+
+def test_a_cache_of_sequences_that_have_ended(small):
+    """It holds each up to its end, and nothing of what the others went on with."""
+    whole = small.generate(PROMPTS, 9)
+    counts, cache = (2, 9, 4), small.new_cache(3)
+    found = small.generate(PROMPTS, 9, cache=cache, stop=lambda n, row: len(row) == counts[n])
+    assert found == [row[:count] for row, count in zip(whole, counts)]
+    assert cache.lengths == [len(p) + count - 1 for p, count in zip(PROMPTS, counts)]
+    rest = small.generate([row[-1:] for row in found], 3, cache=cache)
+    assert rest == [row[:3] for row in small.generate([p + row for p, row in zip(PROMPTS, found)], 3)]
+
+
+def test_what_is_said_of_prompts(small):
+    seen = []
+    small.generate(PROMPTS, 1, chunk=7, on_prompt=seen.append)
+    assert seen == [3 + 7 + 7, 14, 10, 7, 7, 5] and sum(seen) == sum(map(len, PROMPTS))
