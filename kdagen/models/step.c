@@ -31,7 +31,10 @@ APART void dots(const float *const *w, const float *restrict x, int64_t n, float
         a[l] = FMA(w0[i], x[i], a[l]), b[l] = FMA(w1[i], x[i], b[l]);
         c[l] = FMA(w2[i], x[i], c[l]), d[l] = FMA(w3[i], x[i], d[l]);
     }
-    y[0] = ends(a), y[1] = ends(b), y[2] = ends(c), y[3] = ends(d);
+    EACH(l, 8) a[l] += a[l + 8], b[l] += b[l + 8], c[l] += c[l + 8], d[l] += d[l + 8];
+    EACH(l, 4) a[l] += a[l + 4], b[l] += b[l + 4], c[l] += c[l + 4], d[l] += d[l + 4];
+    y[0] = (a[0] + a[2]) + (a[1] + a[3]), y[1] = (b[0] + b[2]) + (b[1] + b[3]);
+    y[2] = (c[0] + c[2]) + (c[1] + c[3]), y[3] = (d[0] + d[2]) + (d[1] + d[3]);
 }
 
 /* y = x[0] m[0] + x[1] m[1] + .., rows of m `step` apart */

@@ -13,10 +13,13 @@ import logging
 import threading
 from array import array
 from operator import attrgetter, is_
+from pathlib import Path
 
 import torch
 
+from kdagen.build import native
 from kdagen.errors import KdagenError
+from kdagen.lower.native import FUNCTIONS
 from kdagen.models.cache import Cache
 from kdagen.models.layout import Layout
 from kdagen.runtime.cpu_decode import NATIVE, as_usual
@@ -38,28 +41,23 @@ class Steps:
 
     def run(self, decoder, h, layout: Layout, cache: Cache):
         """The decoder's result for embedded tokens, the cache brought up to date; None if its layers are to run."""
-        if not fits(h, layout) or not (library := self.library()):
+        if not fits(h, layout):
             return None
-        key = layout.batch, torch.get_num_threads(), threading.get_ident()
+        if isinstance(found := library(), str):
+            self.said({"all layers": found})
+            return None
+        key = layout.batch, len(decoder.layers), torch.get_num_threads(), threading.get_ident()
         program = self.programs.get(key)
         if program is None or not program.seen.unchanged():
-            program = self.programs[key] = self.written(library, decoder, cache)
+            program = self.programs[key] = self.written(found, decoder, *h[:, 0].shape)
         return program.run(h, layout, cache)
 
-    def library(self):
-        """step.c, compiled at first use."""
-        try:
-            return library()
-        except KdagenError as error:
-            self.said({"all layers": str(error)})
-            return None
-
-    def written(self, library, decoder, cache: Cache) -> Program:
+    def written(self, library, decoder, rows: int, size: int) -> Program:
         from kdagen.models.step_layers import write
 
         if len(self.programs) >= KEPT:
             self.programs.clear()
-        program = write(library, decoder, cache)
+        program = write(library, decoder, rows, size)
         self.said(program.why)
         return program
 
@@ -78,16 +76,18 @@ def fits(h, layout: Layout) -> bool:
     return plain and as_usual() and not torch.is_autocast_enabled("cpu")
 
 
+def text() -> str:
+    """The operations, in C."""
+    return FUNCTIONS.read_text() + Path(__file__).with_suffix(".c").read_text()
+
+
 @functools.cache
 def library():
-    """The compiled operations; a KdagenError where they cannot be."""
-    from pathlib import Path
-
-    from kdagen.build import native
-    from kdagen.lower.native import FUNCTIONS
-
-    text = FUNCTIONS.read_text() + Path(__file__).with_suffix(".c").read_text()
-    found = ctypes.CDLL(str(native.library("step", text)))
+    """The operations, compiled at first use; or why they are not."""
+    try:
+        found = ctypes.CDLL(str(native.library("step", text())))
+    except (KdagenError, OSError) as error:
+        return str(error)
     found.kdagen_step.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
     found.kdagen_step.restype = ctypes.c_int64
     return found
@@ -97,6 +97,7 @@ class Seen:
     """What a program was written by: entries of modules' dicts, tensors' places, hooks."""
 
     def __init__(self):
+        self.state: tuple = ()
         everywhere = torch.nn.modules.module
         self.hooks = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
         self.dicts, self.keys, self.values, self.tensors = [], [], [], []
@@ -107,10 +108,6 @@ class Seen:
         self.keys.append(key)
         self.values.append(value := found.get(key))
         return value
-
-    def close(self) -> None:
-        """All has been seen."""
-        self.state = self.now()
 
     def now(self) -> tuple:
         tensors = self.tensors
@@ -128,10 +125,14 @@ class Program:
         self.library, self.seen, self.why = library, Seen(), {}
         self.words, self.parts, self.kept = array("q"), [], []
         self.recurrences: dict = {}  # by the number of the step: what op.decode is given in its place
-        self.rows = rows
         self.expected: list = [None] * layers  # the kind of a layer's state, and the shapes of its tensors
         self.cells, self.past = (ctypes.c_int64 * (2 * layers))(), (ctypes.c_int64 * rows)()
         self.call = array("q", [rows, torch.get_num_threads()])
+
+    def close(self, h, out) -> None:
+        """All is written; `h` is what it begins with, `out` what it ends with."""
+        self.h, self.out, self.seen.state = h, out, self.seen.now()
+        self.ops = {op for op, *_ in self.recurrences.values()}
 
     def run(self, h, layout: Layout, cache: Cache):
         """The decoder's result; None, with nothing done, for a cache that is not as the model makes them."""
@@ -142,7 +143,7 @@ class Program:
         self.h.copy_(h.view(self.h.shape))
         for part in self.parts:
             part(layout, cache)
-        for op in {op for op, *_ in self.recurrences.values()}:
+        for op in self.ops:
             op.note(self.out, NATIVE)
         return self.out.clone().unsqueeze(1)
 
