@@ -11,7 +11,7 @@
 #else
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
-#define LANES 16 /* vectors begin at a multiple of so many floats, and sums are of so many */
+#define LANES 16 /* sums are of so many, and vectors begin at a multiple of so many floats: native.LANES */
 #define APART static __attribute__((noinline)) /* compiled once, not where it is called */
 #define EACH(i, n) _Pragma("omp simd") for (int64_t i = 0; i < (n); i++)
 

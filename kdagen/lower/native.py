@@ -19,7 +19,7 @@ from kdagen.lower.c_expression import c_text
 from kdagen.state import StateType
 
 TEMPLATE = Path(__file__).with_name("native.c.j2")
-FUNCTIONS = Path(__file__).with_name("functions.c")  # what the text begins with; kdagen.models.step's too
+FUNCTIONS = Path(__file__).with_name("functions.c")  # what C text begins with
 LANES = 16  # vectors begin at a multiple of so many floats, and sums are of so many
 
 
