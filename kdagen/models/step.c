@@ -2,7 +2,8 @@
 
    A program is a list of steps, each the address of a function below and its words; kdagen.models.step writes it. Sums
    are of LANES lanes in a fixed order, and threads share outputs, never sums: bits depend neither on how many there
-   are nor on the other rows. After a matrix, buffer or row comes its step: floats from one row to the next. */
+   are nor on the other rows. After a buffer comes its step: floats from one row to the next. Buffers are float32;
+   weights and what caches keep beside states may be bfloat16, and then their addresses are one too high. */
 
 typedef union { int64_t n; double f; float *x; int64_t *cell; void *p; } Word;
 typedef struct { int64_t rows, threads; } Run;
@@ -14,6 +15,21 @@ enum { WORDS = 18, FEW = 4, BLOCK = 64 };
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* n weights from one on, as floats, if need be in `room` */
+static const float *floats(const float *weights, int64_t from, int64_t n, float *room) {
+    if (!((uintptr_t)weights & 1)) return weights + from;
+    const bf16 *at = (const bf16 *)((uintptr_t)weights - 1) + from;
+    EACH(i, n) room[i] = get_bf16(at[i]);
+    return room;
+}
+
+/* The inverse, to what a cache keeps. */
+static void keep(float *kept, int64_t from, int64_t n, const float *x) {
+    bf16 *at = (bf16 *)((uintptr_t)kept - 1) + from;
+    if (!((uintptr_t)kept & 1)) memcpy(kept + from, x, n * sizeof(float));
+    else EACH(i, n) at[i] = put_bf16(x[i]);
+}
 
 /* -- products */
 
@@ -37,7 +53,7 @@ APART void dots(const float *const *w, const float *restrict x, int64_t n, float
     y[2] = (c[0] + c[2]) + (c[1] + c[3]), y[3] = (d[0] + d[2]) + (d[1] + d[3]);
 }
 
-/* y = x[0] m[0] + x[1] m[1] + .., rows of m `step` apart */
+/* y += x[0] m[0] + x[1] m[1] + .., a row of m being n floats of those from one row to the next */
 APART void sum_of_rows(const float *x, const float *m, int64_t count, int64_t step, int64_t n, float *restrict y) {
     int64_t i = 0;
     for (; i + FEW <= count; i += FEW) {
@@ -50,8 +66,8 @@ APART void sum_of_rows(const float *x, const float *m, int64_t count, int64_t st
 }
 
 /* FEW rows of W [out, in] from a row on; beyond the last, the last */
-static void some(const float *W, int64_t row, int64_t out, int64_t step, const float **w) {
-    for (int j = 0; j < FEW; j++) w[j] = W + least(row + j, out - 1) * step;
+static void some(const float *W, int64_t row, int64_t out, int64_t in, const float **w, float *room) {
+    for (int j = 0; j < FEW; j++) w[j] = floats(W, least(row + j, out - 1) * in, in, room + j * in);
 }
 
 /* y = W x, or y += W x */
@@ -60,7 +76,8 @@ static void product(const Run *run, int64_t rows, const float *x, int64_t xs, co
     SHARED(rows * out * in)
     for (int64_t o = 0; o < out; o += FEW) {
         const float *w[FEW];
-        some(W, o, out, in, w);
+        float room[FEW * in];
+        some(W, o, out, in, w, room);
         for (int64_t n = 0; n < rows; n++) {
             float found[FEW];
             dots(w, x + n * xs, in, found);
@@ -85,9 +102,12 @@ int64_t step_transposed(const Word *w, const Run *run) {
     for (int64_t h = 0; h < heads; h++)
         for (int64_t n = 0; n < run->rows; n++) {
             const float *from = x + n * xs + h * xh;
-            float *to = y + n * ys + h * yh;
+            float *to = y + n * ys + h * yh, room[FEW * in];
             memset(to, 0, in * sizeof(float));
-            sum_of_rows(from, W + h * Ws, out, in, in, to);
+            for (int64_t o = 0; o < out; o += FEW) {
+                const int64_t count = least(FEW, out - o);
+                sum_of_rows(from + o, floats(W, h * Ws + o * in, count * in, room), count, in, in, to);
+            }
             memcpy(to + in, from + out, rest * sizeof(float));
         }
     return 0;
@@ -105,9 +125,11 @@ static float scalar(const float *a, const float *b, int64_t n) {
 /* y = x / rms(x) * weight, of each of so many parts of a row */
 int64_t step_norm(const Word *w, const Run *run) {
     const int64_t parts = w[4].n, size = w[5].n;
+    float room[size];
+    const float *weight = floats(w[2].x, 0, size, room);
     for (int64_t n = 0; n < run->rows; n++)
         for (int64_t p = 0; p < parts; p++) {
-            const float *x = w[0].x + n * w[1].n + p * size, *weight = w[2].x;
+            const float *x = w[0].x + n * w[1].n + p * size;
             float *y = w[6].x + n * w[7].n + p * size;
             const float inverse = 1.0f / sqrtf(scalar(x, x, size) / size + (float)w[3].f);
             EACH(i, size) y[i] = x[i] * inverse * weight[i];
@@ -144,8 +166,9 @@ int64_t step_activate(const Word *w, const Run *run) {
 /* h = sum_i p_i v_i, p = softmax_i <proj, v_i / rms(v_i) * weight>; `sources` are the addresses of all v */
 int64_t step_mix(const Word *w, const Run *run) {
     const int64_t *sources = w[0].cell, count = w[1].n, size = w[2].n;
-    float *p = w[7].x, *product = p + count;
-    EACH(i, size) product[i] = w[3].x[i] * w[5].x[i];
+    float *p = w[7].x, *product = p + count, room[2 * size];
+    const float *norm = floats(w[3].x, 0, size, room), *proj = floats(w[5].x, 0, size, room + size);
+    EACH(i, size) product[i] = norm[i] * proj[i];
     for (int64_t n = 0; n < run->rows; n++) {
         float *y = w[6].x + n * size, top = -INFINITY, sum = 0.0f;
         memset(y, 0, size * sizeof(float));
@@ -167,19 +190,19 @@ int64_t step_mix(const Word *w, const Run *run) {
 
 /* y = silu(sum over a token and those before it), whose inputs, [width - 1, total] of a sequence, move on */
 int64_t step_convolve(const Word *w, const Run *run) {
-    const float *weight = w[2].x;
     const int64_t channels = w[3].n, past = w[4].n - 1, offset = w[6].n, total = w[7].n;
+    float room[channels * (past + 1)], seen[channels], *kept = (float *)*w[5].cell;
+    const float *weight = floats(w[2].x, 0, channels * (past + 1), room);
     for (int64_t n = 0; n < run->rows; n++) {
-        const float *x = w[0].x + n * w[1].n;
-        float *seen = (float *)*w[5].cell + n * past * total + offset, *restrict y = w[8].x + n * w[9].n;
+        float *restrict y = w[8].x + n * w[9].n;
         memset(y, 0, channels * sizeof(float));
         for (int64_t t = 0; t <= past; t++) {
-            const float *from = t < past ? seen + t * total : x;
-            EACH(i, channels) y[i] = FMA(from[i], weight[i * (past + 1) + t], y[i]);
+            const int64_t at = (n * past + t) * total + offset;
+            const float *x = t < past ? floats(kept, at, channels, seen) : w[0].x + n * w[1].n;
+            EACH(i, channels) y[i] = FMA(x[i], weight[i * (past + 1) + t], y[i]);
+            if (t) keep(kept, at - total, channels, x);
         }
         EACH(i, channels) y[i] *= sigmoid(y[i]);
-        for (int64_t t = 0; t < past; t++)
-            memcpy(seen + t * total, t + 1 < past ? seen + (t + 1) * total : x, channels * sizeof(float));
     }
     return 0;
 }
@@ -196,25 +219,26 @@ int64_t step_recurrence(const Word *w, const Run *run) {
 
 /* mix[h] = sum_t p[h, t] latents[t], p = softmax_t(scale <query[h], latents[t]>), for a few heads, BLOCK tokens at a
    time: what was summed so far is scaled down as greater scores are found. */
-static void attend(const float *latents, int64_t count, int64_t width, int64_t rank, float scale, int64_t heads,
-                   const float *query, float *mix) {
-    float top[FEW], sum[FEW] = {0}, p[BLOCK + FEW];
+static void attend(const float *latents, int64_t first, int64_t count, int64_t width, int64_t rank, float scale,
+                   int64_t heads, const float *query, float *mix) {
+    float top[FEW], sum[FEW] = {0}, p[BLOCK + FEW], room[BLOCK * width];
     for (int h = 0; h < FEW; h++) top[h] = -INFINITY;
     memset(mix, 0, heads * rank * sizeof(float));
     for (int64_t t = 0; t < count; t += BLOCK) {
         const int64_t here = least(BLOCK, count - t);
+        const float *block = floats(latents, first + t * width, here * width, room);
         for (int64_t h = 0; h < heads; h++) {
             float *to = mix + h * rank, most = top[h];
             for (int64_t i = 0; i < here; i += FEW) {
                 const float *rows[FEW];
-                some(latents, t + i, count, width, rows);
+                some(block, i, here, width, rows, NULL);
                 dots(rows, query + h * width, width, p + i);
             }
             for (int64_t i = 0; i < here; i++) p[i] *= scale, most = max_(p[i], most);
             const float kept = exp_(top[h] - most);
             EACH(i, here) p[i] = exp_(p[i] - most);
             EACH(i, rank) to[i] *= kept;
-            sum_of_rows(p, latents + t * width, here, width, rank, to);
+            sum_of_rows(p, block, here, width, rank, to);
             sum[h] = sum[h] * kept + total(p, here);
             top[h] = most;
         }
@@ -226,19 +250,20 @@ static void attend(const float *latents, int64_t count, int64_t width, int64_t r
 /* Of all heads, on a sequence's latents and a new one behind its `past`; a cell has where latents are, the next how
    many floats a sequence has room for. */
 int64_t step_attend(const Word *w, const Run *run) {
-    const float *query = w[0].x, *new = w[1].x;
-    const int64_t *cell = w[3].cell, *past = w[4].cell, heads = w[5].n, rank = w[6].n, width = w[7].n;
-    const int64_t groups = (heads + FEW - 1) / FEW;
+    const float *query = w[0].x;
+    const int64_t *past = w[4].cell, heads = w[5].n, rank = w[6].n, width = w[7].n, groups = (heads + FEW - 1) / FEW;
+    float *latents = (float *)w[3].cell[0];
+    const int64_t apart = w[3].cell[1];
     int64_t all = 0;
     for (int64_t n = 0; n < run->rows; n++) {
-        memcpy((float *)cell[0] + n * cell[1] + past[n] * width, new + n * w[2].n, width * sizeof(float));
+        keep(latents, n * apart + past[n] * width, width, w[1].x + n * w[2].n);
         all += past[n] + 1;
     }
     SHARED(2 * all * heads * width)
     for (int64_t i = 0; i < run->rows * groups; i++) {
         const int64_t n = i / groups, h = i % groups * FEW, at = n * heads + h;
-        attend((const float *)cell[0] + n * cell[1], past[n] + 1, width, rank, w[8].f, least(FEW, heads - h),
-               query + at * width, w[9].x + at * rank);
+        attend(latents, n * apart, past[n] + 1, width, rank, w[8].f, least(FEW, heads - h), query + at * width,
+               w[9].x + at * rank);
     }
     return 0;
 }

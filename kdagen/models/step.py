@@ -25,7 +25,8 @@ from kdagen.models.layout import Layout
 from kdagen.runtime.cpu_decode import NATIVE, as_usual
 
 log = logging.getLogger("kdagen")
-KEPT = 8  # programs of a decoder: of numbers of sequences, of threads, for each thread of the caller's
+MOST = 8  # programs of a decoder: of numbers of sequences, of threads, for each thread of the caller's
+KEPT = torch.float32, torch.bfloat16  # dtypes of parameters, and of what caches keep beside states
 DTYPE = attrgetter("dtype")
 
 
@@ -55,7 +56,7 @@ class Steps:
     def written(self, library, decoder, rows: int, size: int) -> Program:
         from kdagen.models.step_layers import write
 
-        if len(self.programs) >= KEPT:
+        if len(self.programs) >= MOST:
             self.programs.clear()
         program = write(library, decoder, rows, size)
         self.said(program.why)
@@ -72,7 +73,7 @@ def fits(h, layout: Layout) -> bool:
     """Whether a call is one that programs are written for."""
     if torch.compiler.is_compiling() or not layout.steps or torch.is_grad_enabled():
         return False
-    plain = type(h) is torch.Tensor and h.dtype == torch.float32 and h.device.type == "cpu" and bool(h.numel())
+    plain = type(h) is torch.Tensor and h.dtype in KEPT and h.device.type == "cpu" and bool(h.numel())
     return plain and as_usual() and not torch.is_autocast_enabled("cpu")
 
 
@@ -100,7 +101,7 @@ class Seen:
         self.state: tuple = ()
         everywhere = torch.nn.modules.module
         self.hooks = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
-        self.dicts, self.keys, self.values, self.tensors = [], [], [], []
+        self.dicts, self.keys, self.values, self.tensors, self.modules = [], [], [], [], []
 
     def entry(self, found: dict, key: str):
         """What a dict has under a key, if anything."""
@@ -110,8 +111,14 @@ class Seen:
         return value
 
     def now(self) -> tuple:
-        tensors = self.tensors
-        return list(map(torch.Tensor.data_ptr, tensors)), list(map(DTYPE, tensors)), list(map(bool, self.hooks))
+        """What may change without another entry."""
+        tensors, hooks = self.tensors, list(map(bool, self.hooks))
+        return (
+            list(map(torch.Tensor.data_ptr, tensors)),
+            list(map(DTYPE, tensors)),
+            list(map(type, self.modules)),
+            hooks,
+        )
 
     def unchanged(self) -> bool:
         """Whether all is as it was."""
@@ -140,14 +147,14 @@ class Program:
         if None in places:
             return None
         self.cells[:], self.past[:] = [x for pair in places for x in pair], layout.past
-        self.h.copy_(h.view(self.h.shape))
+        self.h.copy_(h[:, 0])
         for part in self.parts:
-            part(layout, cache)
+            part(layout, cache, h.dtype)
         for op in self.ops:
             op.note(self.out, NATIVE)
-        return self.out.clone().unsqueeze(1)
+        return self.out.to(h.dtype, copy=True).unsqueeze(1)
 
-    def native(self, first: int, last: int, layout: Layout, cache: Cache) -> None:
+    def native(self, first: int, last: int, layout: Layout, cache: Cache, dtype) -> None:
         """Runs steps. A recurrence that meets what is not finite is left to its op, which tells why it refuses."""
         words, call = self.words.buffer_info()[0], self.call.buffer_info()[0]
         while (first := self.library.kdagen_step(words, first, last, call)) < last:
@@ -168,6 +175,13 @@ def place(state, expected, layout: Layout) -> tuple[int, int] | None:
     tensors = list(state.tensors().values())
     for x, shape in zip(tensors, shapes):
         same = all(n in (m, None) for n, m in zip(shape, x.shape))
-        if not same or x.dtype != torch.float32 or not x.is_contiguous():
+        if not same or x.dtype not in KEPT or not x.is_contiguous():
             return None
-    return tensors[0].data_ptr(), tensors[1].data_ptr() if len(tensors) > 1 else tensors[0].stride(0)
+    if len(tensors) == 1:
+        return address(tensors[0]), tensors[0].stride(0)
+    return None if tensors[0].dtype != torch.float32 else (address(tensors[0]), address(tensors[1]))
+
+
+def address(x) -> int:
+    """Of a tensor in step.c: one too high for bfloat16."""
+    return x.data_ptr() + (x.dtype == torch.bfloat16)

@@ -13,7 +13,7 @@ from torch import nn
 
 from kdagen.models import layers, mixer, mla, moe
 from kdagen.models.layers import Linear, ShortConvolution
-from kdagen.models.step import Program
+from kdagen.models.step import Program, address
 from kdagen.models.step_writer import Unlike, Writer, at
 from kdagen.runtime.cpu_native import CHECK_ALL, POOL
 from kdagen.runtime.decode import Decoding
@@ -72,8 +72,8 @@ class Layers(Writer):
             self.begin_block()
         after = self.h
 
-        def run(layout, cache):
-            *sources, h = (x.clone().unsqueeze(1) for x in before)
+        def run(layout, cache, dtype):
+            *sources, h = (x.to(dtype, copy=True).unsqueeze(1) for x in before)
             after.copy_(m(h, tuple(sources), layout, cache.layers[i])[0].squeeze(1))
 
         return run
@@ -82,8 +82,8 @@ class Layers(Writer):
         """A part that calls what follows the layers."""
         before = [*self.sources, self.h]
 
-        def run(layout, cache):
-            values = [x.clone().unsqueeze(1) for x in before]
+        def run(layout, cache, dtype):
+            values = [x.to(dtype, copy=True).unsqueeze(1) for x in before]
             h = layers.attended(values, m.output_attn_res_proj, m.output_attn_res_norm) if m.residuals else values[0]
             out.copy_(m.norm(h).squeeze(1))
 
@@ -101,7 +101,7 @@ class Layers(Writer):
     def mixed(self, m, name: str):
         """The attended sum of sources and the sum so far."""
         values, size = [*self.sources, self.h], self.h.shape[1]
-        sources, y = self.address([x.data_ptr() for x in values]), self.room("mixed", size)
+        sources, y = self.integers([x.data_ptr() for x in values]), self.room("mixed", size)
         norm, proj = self.scale(m, f"{name}_norm", size), self.weight(m, f"{name}_proj", 1, size)
         self.step("mix", sources, len(values), size, *norm, proj, y, self.room("scores", len(values) + size))
         return y
@@ -167,7 +167,7 @@ class Layers(Writer):
     def of_head(self, m: mixer.Mixer, name: str, axis: str):
         """A parameter of the head."""
         size = m.heads * (m.head_dim if axis else 1)
-        self.tensor(m, name, *((1, 1, size, 1) if name == "A_log" else (size,)))
+        self.tensor(m, name, *((1, 1, size, 1) if name == "A_log" else (size,)), dtypes=(torch.float32,))
         return m.of_head(name, axis, torch.float32).detach()
 
     def recurrence(self, m: mixer.Mixer, given: dict, out, i: int) -> None:
@@ -228,8 +228,8 @@ class Layers(Writer):
         weights = self.room("weights", k)
         chosen = self.choose(router, x, weights)
         experts = self.child(m, "experts", nn.ModuleList)
-        table = self.address(x.data_ptr() for e in range(c.num_experts) for x in self.expert(experts, e, size, inner))
-        room, owners = self.room("experts", 2 * (size + inner)), self.address([0] * self.rows * k)
+        table = self.integers(address(x) for e in range(c.num_experts) for x in self.expert(experts, e, size, inner))
+        room, owners = self.room("experts", 2 * (size + inner)), self.integers([0] * self.rows * k)
         sizes = k, size, inner, *self.betas(experts[0])
         self.step("experts", *at(x), table, c.num_experts, chosen, weights, *sizes, *at(self.h), room, owners)
         if self.seen.entry(m._modules, "shared_experts") is not None:
@@ -245,7 +245,8 @@ class Layers(Writer):
             raise Unlike("fewer experts are allowed than chosen")
         scores, spare = self.room("scores", count), self.room("spare", 2 * count + groups)
         self.product(x, self.tensor(m, "weight", count, x.shape[1]), scores)
-        bias, chosen = self.tensor(m, "e_score_correction_bias", count), self.address([0] * self.rows * k)
+        bias = self.tensor(m, "e_score_correction_bias", count, dtypes=(torch.float32,))
+        chosen = self.integers([0] * self.rows * k)
         how = k, groups, kept, bool(c.moe_renormalize), float(c.routed_scaling_factor)
         self.step("choose", scores, bias, count, *how, spare, chosen, weights)
         return chosen

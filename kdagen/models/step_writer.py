@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kdagen.models.layers import Linear, RMSNorm
-from kdagen.models.step import Program
+from kdagen.models.step import KEPT, Program, address
 
 WORDS = 18  # of a step
 
@@ -38,8 +38,8 @@ class Writer:
         """A buffer; the same for the same name and size."""
         return self.rooms.setdefault((name, size), torch.zeros(self.rows, size))
 
-    def address(self, numbers) -> int:
-        """Of integers that are kept."""
+    def integers(self, numbers) -> int:
+        """The address of some, which are kept."""
         self.program.kept.append(kept := array("q", numbers))
         return kept.buffer_info()[0]
 
@@ -53,9 +53,9 @@ class Writer:
         """A module, if it is of just this kind, and runs just that kind's forward."""
         if type(module) is not kind:
             raise Unlike(f"{name} is {type(module).__name__}, not {kind.__name__}")
-        hooks = module._forward_hooks, module._forward_pre_hooks
-        self.seen.hooks.extend(hooks)
-        if self.seen.entry(vars(module), "forward") or any(hooks):
+        self.seen.modules.append(module)
+        self.seen.hooks.extend((module._forward_hooks, module._forward_pre_hooks))
+        if self.seen.entry(vars(module), "forward") or any(self.seen.hooks[-2:]) or any(self.seen.hooks[:2]):
             raise Unlike(f"{name} has hooks")
         return module
 
@@ -63,11 +63,11 @@ class Writer:
         """A child of a module, if it is plain."""
         return self.plain(self.seen.entry(parent._modules, name), kind, name)
 
-    def tensor(self, module, name: str, *shape: int):
+    def tensor(self, module, name: str, *shape: int, dtypes: tuple = KEPT):
         """A parameter or buffer of this shape, if it may be read where it is."""
         x = self.seen.entry(module._buffers if name in module._buffers else module._parameters, name)
-        if type(x) not in (nn.Parameter, torch.Tensor) or x.device.type != "cpu" or x.dtype != torch.float32:
-            raise Unlike(f"{name} is {type(x).__name__} {getattr(x, 'dtype', '')}, not a float32 tensor on the CPU")
+        if type(x) not in (nn.Parameter, torch.Tensor) or x.device.type != "cpu" or x.dtype not in dtypes:
+            raise Unlike(f"{name} is {type(x).__name__} {getattr(x, 'dtype', '')}, not {dtypes[0]} on the CPU")
         if not x.is_contiguous() or x.shape != shape:
             raise Unlike(f"{name} is {list(x.shape)}, strides {x.stride()}, not contiguous {list(shape)}")
         self.seen.tensors.append(x)
@@ -99,10 +99,14 @@ class Writer:
     def product(self, x, weight, y, add: bool = False) -> None:
         """y = W x, or y += W x; one with the step before, if weights and outputs go on where that ends."""
         out, inner = weight.shape
-        new = [self.function("product"), *at(x), weight.data_ptr(), out, inner, *at(y), add]
+        new = [self.function("product"), *at(x), address(weight), out, inner, *at(y), add]
         if self.steps > self.begun:
             last = self.program.words[-WORDS:].tolist()
-            ahead = {3: 4 * inner * last[4], 4: out - last[4], 6: 4 * last[4]}  # addresses, and how many outputs
+            ahead = {
+                3: weight.element_size() * inner * last[4],
+                4: out - last[4],
+                6: 4 * last[4],
+            }  # addresses, and how many outputs
             if [n - ahead.get(i, 0) for i, n in enumerate(new)] == last[: len(new)]:
                 self.program.words[4 - WORDS] += out
                 return
@@ -142,4 +146,4 @@ def at(x) -> tuple[int, int]:
 def _word(x) -> int:
     if isinstance(x, float):
         return struct.unpack("q", struct.pack("d", x))[0]
-    return x.data_ptr() if isinstance(x, torch.Tensor) else int(x)
+    return address(x) if isinstance(x, torch.Tensor) else int(x)
