@@ -87,11 +87,11 @@ def timed(run, ids, steps: int) -> tuple:
     return middle - start, time.perf_counter() - middle, seen
 
 
-def measure(tokens: int, steps: int, rounds: int) -> dict:
+def measure(tokens: int, steps: int, rounds: int, batch: int = 1) -> dict:
     """The whole comparison as one record."""
     import torch
 
-    ids = torch.randint(1, TINY["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, TINY["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(0))
     own, other = models()
     runs = {"kdagen": kdagen(own), "transformers": transformers(other)}
     found = {name: {"prefill": [], "decode": []} for name in runs}
@@ -102,11 +102,17 @@ def measure(tokens: int, steps: int, rounds: int) -> dict:
         for _ in range(rounds):
             for name, run in runs.items():
                 prefill, decode, _ = timed(run, ids, steps)
-                found[name]["prefill"].append(tokens / prefill)
-                found[name]["decode"].append(steps / decode)
+                found[name]["prefill"].append(batch * tokens / prefill)
+                found[name]["decode"].append(batch * steps / decode)
     speeds = {name: {what: statistics.median(x) for what, x in each.items()} for name, each in found.items()}
-    shape = f"{TINY['num_hidden_layers']} layers of {TINY['hidden_size']}, T={tokens}, {steps} steps, float32"
-    return {"date": datetime.date.today().isoformat(), **machine(), "shape": shape, "tokens_per_second": speeds}
+    shape = (
+        f"{TINY['num_hidden_layers']} layers of {TINY['hidden_size']}, B={batch}, T={tokens}, {steps} steps, float32"
+    )
+    threads = torch.get_num_threads()
+    return {
+        "date": datetime.date.today().isoformat(), **machine(), "threads": threads, "shape": shape,
+        "tokens_per_second": speeds,
+    }  # fmt: skip
 
 
 def report(record: dict) -> None:
@@ -115,7 +121,9 @@ def report(record: dict) -> None:
     from rich.table import Table
 
     speeds = record["tokens_per_second"]
-    table = Table("tokens a second", *speeds, "ratio", title=f"{record['shape']}, {record['cores']} cores")
+    table = Table(
+        "tokens a second", *speeds, "ratio", title=f"{record['shape']}, {record['threads']} of {record['cores']} cores"
+    )
     for what in ("prefill", "decode"):
         a, b = speeds["kdagen"][what], speeds["transformers"][what]
         table.add_row(what, f"{a:.0f}", f"{b:.0f}", f"{a / b:.1f}x")
@@ -124,11 +132,12 @@ def report(record: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048, help="of each sequence's prompt")
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1, help="sequences")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    record = measure(options.tokens, options.steps, options.rounds)
+    record = measure(options.tokens, options.steps, options.rounds, options.batch)
     report(record)
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / "cpu_model.jsonl").open("a") as file:

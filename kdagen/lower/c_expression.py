@@ -8,7 +8,7 @@ import sympy
 
 from kdagen.lower.expression import TilePrinter
 
-# What each function of a recurrence is in C; those with a trailing underscore are in native.c.j2.
+# What each function of a recurrence is in C; those with a trailing underscore are in functions.c.
 FUNCTIONS = {
     "exp": "exp_({0})",
     "log": "log_({0})",

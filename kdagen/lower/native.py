@@ -19,6 +19,7 @@ from kdagen.lower.c_expression import c_text
 from kdagen.state import StateType
 
 TEMPLATE = Path(__file__).with_name("native.c.j2")
+FUNCTIONS = Path(__file__).with_name("functions.c")  # what C text begins with
 LANES = 16  # vectors begin at a multiple of so many floats, and sums are of so many
 
 
@@ -51,7 +52,7 @@ def native_source(form: StepForm, state: StateType) -> NativeSource:
     template = jinja2.Template(
         TEMPLATE.read_text(), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    text = template.render(form=form, state=state, w=writer, lanes=LANES)
+    text = template.render(functions=FUNCTIONS.read_text(), form=form, state=state, w=writer, lanes=LANES)
     counts = (len(writer.places[axis]) for axis in ("K", "V", ""))
     return NativeSource(text, writer.arguments, *counts, len(form.reads))
 

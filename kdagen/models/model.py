@@ -17,6 +17,7 @@ from kdagen.models.layout import Layout, layout_of
 from kdagen.models.mixer import Mixer
 from kdagen.models.mla import LatentAttention
 from kdagen.models.moe import SparseMLP
+from kdagen.models.step import Steps
 
 
 class Layer(nn.Module):
@@ -68,12 +69,14 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, size, _weight=torch.empty(config.vocab_size, size))
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, eps)
-        self.residuals = bool(config.attn_res_block_size)
+        self.residuals, self.steps = bool(config.attn_res_block_size), Steps()
         if self.residuals:
             self.output_attn_res_proj, self.output_attn_res_norm = Linear(size, 1), RMSNorm(size, eps)
 
     def forward(self, input_ids, layout: Layout, cache=None):
         h, sources = self.embed_tokens(input_ids), ()
+        if cache is not None and (found := self.steps.run(self, h, layout, cache)) is not None:
+            return found
         for i, layer in enumerate(self.layers):
             h, sources = layer(h, sources, layout, None if cache is None else cache.layers[i])
         if self.residuals:

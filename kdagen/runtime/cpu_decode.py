@@ -61,7 +61,7 @@ class Alike:
 
     def run(self, given: tuple):
         """The output, and states replaced; None, with nothing written, if such a call is new, or might be refused."""
-        table = self.known.get(self.kind(given)) if _native.get() and not pinned_schedule() else None
+        table = self.known.get(self.kind(given)) if as_usual() else None
         if table is None:
             return None
         *tensors, pool = given
@@ -107,6 +107,11 @@ def on_torch() -> Iterator[None]:
         _native.reset(token)
 
 
+def as_usual() -> bool:
+    """Whether this thread's calls are neither pinned to a schedule nor to torch's operations."""
+    return _native.get() and not pinned_schedule()
+
+
 def run(step: Step, call, out, schedule: CpuSchedule | None = None, remember: Callable = lambda table: None) -> str:
     """Writes the output of a kdagen.runtime.decode.Decode into `out`, zero so far, and its new states into its pool.
 
@@ -115,12 +120,19 @@ def run(step: Step, call, out, schedule: CpuSchedule | None = None, remember: Ca
     import torch
 
     if _native.get() and step.native.fits(call):
-        threads, most = torch.get_num_threads(), schedule.threads if schedule else 0
-        remember(step.native.run(call, out, min(threads, most or threads)))
+        remember(step.native.run(call, out, threads_of(schedule)))
         return NATIVE
     with torch.no_grad(), at_most(schedule.threads if schedule else 0):
         run_on_torch(step, call, out)
     return ON_TORCH
+
+
+def threads_of(schedule: CpuSchedule | None) -> int:
+    """As many as torch has, and the schedule allows."""
+    import torch
+
+    threads, most = torch.get_num_threads(), schedule.threads if schedule else 0
+    return min(threads, most or threads)
 
 
 def run_on_torch(step: Step, call, out) -> None:

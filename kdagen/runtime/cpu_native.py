@@ -22,6 +22,7 @@ from kdagen.state import StateType
 
 log = logging.getLogger("kdagen")
 CHECK, GO_ON, UNCHECKED, CHECK_ALL = range(4)  # what kdagen_decode does about numbers that are not finite
+POOL = 14  # the word of a struct Call that is the pool's address
 _scratch = threading.local()
 _lock = threading.Lock()
 
@@ -82,6 +83,11 @@ class Native:
         if result is not out:
             out.copy_(result)
         return table if result is out else None
+
+    def prepared(self, call, out, threads: int) -> Placed:
+        """What the loop takes for a call, at the addresses of its tensors, which stay; its pool's is the word POOL."""
+        tensors = [call.tensors[name] for name in self.source.arguments]
+        return Table(self.source, call, tensors, runs_of(call), out, threads).placed(tensors, call.pool, out)
 
     def again(self, table: Table, tensors: list, pool, out) -> bool:
         """The same on arguments of the same sizes, strides and dtypes; False, with nothing written, if some number of

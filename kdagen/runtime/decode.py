@@ -109,6 +109,16 @@ class Decoding:
         call.check_values()
         return self._on_cpu(call, partial(self.alike.remember, given) if plain else lambda table: None)
 
+    def prepared(self, given: tuple, out):
+        """What the native loop takes for float32 arguments and a pool that stay where they are, and writes into `out`:
+        a cpu_native.Placed; None where torch's operations decode."""
+        from kdagen.runtime.cpu_decode import threads_of
+
+        call, native = decode_call(self.op, given, {}), self.op.step.native
+        if not native.fits(call):
+            return None
+        return native.prepared(call, out, threads_of(schedule_of(self.op, call, "decode")))
+
     def _on_cpu(self, call: Decode, remember=lambda table: None):
         from kdagen.runtime import cpu_decode
 

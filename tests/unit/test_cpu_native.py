@@ -232,7 +232,7 @@ def test_what_is_one_number_for_all_channels_is_made_before_the_loop():
 
 @pytest.fixture(scope="module")
 def functions():
-    """f(name, x): a function of native.c.j2, over an array."""
+    """f(name, x): a function of functions.c, over an array."""
     source = native_source(step_form(canonical(kg.load("kda"))), StateType()).text
     for name in ("exp_", "log_", "softplus_"):
         source += f"\nvoid all_{name}(int64_t n, float *x) {{ EACH(i, n) x[i] = {name}(x[i]); }}"
