@@ -51,9 +51,9 @@ class GpuWorker(Worker):
 class Session:
     """One call of gpu.py: what is done until the time is up, and where it is written."""
 
-    def __init__(self, folders: list[Path], out: Path, until: float, jobs: int = 1, worker=GpuWorker, fresh=False):
+    def __init__(self, folders: list[Path], out: Path, until: float, jobs: int = 1, worker=None, fresh=False):
         self.folders, self.until, self.jobs, self.lock = folders, until, jobs, threading.Lock()
-        self.make = lambda: worker(folders)
+        self.make = lambda: (worker or GpuWorker)(folders)
         self.worker = self.make()
         facts = self.worker.ask({"do": "facts"}, until - time.monotonic())["facts"]
         self.results = Results(path_for(out, facts, fresh))
@@ -90,7 +90,9 @@ class Session:
     def timed(self, units: list[Unit], do) -> None:
         """All other stages: by one process that has the GPU for itself; kernels that are off are left out."""
         for unit in map(self._sound, self._missing(units)):
-            if unit.asked["labels"]:
+            if unit.asked["unknown"]:
+                self._left(unit)
+            elif unit.asked["labels"]:
                 self.do(unit, self.worker, do)
             else:
                 self._left(unit, "no kernels that are right")
@@ -147,18 +149,25 @@ class Session:
 
     def _sound(self, unit: Unit) -> Unit:
         """Without what is known to be off, and with the errors of the rest; what was not checked is so now."""
-        asked, labels, out, errors = unit.asked, [], {}, {}
-        for label in asked["labels"]:
-            found = self._standing(asked["op"], asked["purpose"], label)
-            if not found or not found["ok"]:
-                out[label] = found["reason"] if found else "not checked"
-                continue
-            labels.append(label)
-            errors[label] = max((e for e, _ in found["errors"].values()), default=None)
-        peer = bool(asked.get("peer")) and (found := self._peer(asked["op"], asked["purpose"])) is not None
-        if peer and not found["ok"]:
-            peer, out["peer"] = False, found["reason"]
-        more = {"labels": labels, "peer": peer, "errors": errors}
+        asked, wanted = unit.asked, dict.fromkeys(unit.asked["labels"])
+        for label in wanted:
+            wanted[label] = self._standing(asked["op"], asked["purpose"], label)
+        for other in asked.get("others", ()):
+            wanted[other] = self._standing(other, asked["purpose"], asked["labels"][0])
+        some = any(found and found["ok"] for found in wanted.values())
+        peer = self._peer(asked["op"], asked["purpose"]) if some and asked.get("peer") else None
+        wanted |= {"peer": peer} if peer else {}
+        out = {name: found["reason"] for name, found in wanted.items() if found and not found["ok"]}
+        right = {name: found for name, found in wanted.items() if found and found["ok"]}
+        more = {
+            "labels": [label for label in asked["labels"] if label in right],
+            "others": [other for other in asked.get("others", ()) if other in right],
+            "peer": "peer" in right,
+            "errors": {
+                name: max((e for e, _ in found["errors"].values()), default=None) for name, found in right.items()
+            },
+            "unknown": [name for name, found in wanted.items() if not found],
+        }
         return replace(unit, asked={**asked, **more, **({"out": {"left_out": out}} if out else {})})
 
     def _standing(self, op: str, purpose: str, label: str) -> dict | None:

@@ -72,7 +72,7 @@ def shapes(purpose: str, batch: int | None, tokens, heads, quick: bool) -> list[
         return [((batch or 1, t, h), ()) for t, h in product(tokens or [8192], heads or [64])]
     even = [(shape, ()) for shape in (QUICK if quick else SHAPES)]
     ragged = [((1, sum(lengths), h), lengths) for lengths, h in (QUICK_RAGGED if quick else RAGGED)]
-    return [*even[:2], *ragged[:2], *even[2:], *ragged[2:]]
+    return [*even[:3], *ragged[:1], *even[3:], *ragged[1:]]
 
 
 def kernels_hash(kernels) -> str:

@@ -76,7 +76,7 @@ class Bench(Answering):
         case = case_of(self.folders, request)
         peer = case.peer if request["peer"] else None
         with torch.set_grad_enabled(case.purpose == TRAINING):
-            sets, work, found = self.inputs(case), WORK[case.purpose], []
+            sets, work, found = inputs(case, self.facts["l2_bytes"]), WORK[case.purpose], []
             whole = {label: self.marked(label, call) for label, call in work.whole(case, peer).items()}
             peaks = {label: timing.peak_bytes(call, sets[0]) for label, call in whole.items()}
             for mode in request["modes"]:
@@ -100,7 +100,7 @@ class Bench(Answering):
         kernels, (label,) = case.first, case.kernels
         pieces = overlap.pieces_of(kernels, case.shape[1])
         with torch.no_grad():
-            sets = self.inputs(case)
+            sets = inputs(case, self.facts["l2_bytes"])
             for given in sets:
                 given |= {n: overlap.cut(kernels, given["arguments"], n) for n in pieces}
             calls = {"whole": contenders.of(label, launches.pass_call(kernels, "forward"))}
@@ -137,8 +137,8 @@ class Bench(Answering):
         for op in request["others"]:
             every[op] = case_of(self.folders, {**request, "op": op})
         with torch.set_grad_enabled(case.purpose == TRAINING):
-            inputs = {op: self.inputs(of) for op, of in every.items()}
-            sets = [dict(zip(inputs, group)) for group in zip(*_as_many(list(inputs.values())))]
+            drawn = {op: inputs(of, self.facts["l2_bytes"]) for op, of in every.items()}
+            sets = [dict(zip(drawn, group)) for group in zip(*_as_many(list(drawn.values())))]
             for op, of in every.items():
                 found = WORK[of.purpose].calls(of, "device", None)
                 whole = {label: call for label, call in found.items() if ": " not in label}
@@ -146,16 +146,6 @@ class Bench(Answering):
             times = timing.measure(calls, sets, request["rounds"], "device", self.mark_label)
         table = experiments.table([{"contender": name, "ms": vars(t)} for name, t in times.items()])
         return {"run": self.run, "figures": {"table": table}, "state": timing.state()}
-
-    def inputs(self, case: Case) -> list[dict]:
-        """Sets of inputs: what all share, and for each kind of kernels these with workspaces and results."""
-        made, (batch, tokens, heads) = [], case.shape
-        for seed in range(sets_needed(case.least_bytes[""], self.facts["l2_bytes"])):
-            drawn = launches.arguments(case.first, (batch, min(tokens, launches.SAMPLED), heads), case.gate, seed)
-            long = launches.stretched(case.first, contenders.on_gpu(drawn), tokens)
-            shared = launches.shared_inputs(case.first, launches.ragged(long, case.lengths), seed)
-            made.append(shared | {label: launches.memory(k, shared) for label, k in case.kernels.items()})
-        return made
 
     def mark_label(self, label: str) -> None:
         """Names the contender, not the part of its work."""
@@ -167,6 +157,17 @@ class Bench(Answering):
             return call(given)
 
         return run
+
+
+def inputs(case: Case, l2_bytes: int) -> list[dict]:
+    """Sets of inputs: what all share, and for each kind of kernels these with workspaces and results."""
+    made, (batch, tokens, heads) = [], case.shape
+    for seed in range(sets_needed(case.least_bytes[""], l2_bytes)):
+        drawn = launches.arguments(case.first, (batch, min(tokens, launches.SAMPLED), heads), case.gate, seed)
+        long = launches.stretched(case.first, contenders.on_gpu(drawn), tokens)
+        shared = launches.shared_inputs(case.first, launches.ragged(long, case.lengths), seed)
+        made.append(shared | {label: launches.memory(k, shared) for label, k in case.kernels.items()})
+    return made
 
 
 def check_peer(work, op: str, peer, kernels) -> dict:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import click
-from gpu_experiments import EXPERIMENTS, VARIANTS, asked_of
+from gpu_experiments import VARIANTS, asked_of
 
 from kdagen import zoo
 from kdagen.build.builder import build
@@ -30,14 +30,16 @@ TRAINED = zoo.names()
 EVERY_POLICY = ("kda",)
 STATE_TYPES = (StateType("VK"), StateType("KV", "bfloat16"), StateType("VK", "bfloat16"))
 EVERY_STATE = ("kda",)
-VARIED = tuple(dict.fromkeys(op for asks in EXPERIMENTS.values() for ops in asks.ops for op in ops))
 
 
 def sources(arch: str, ops: list[str], varied: list[str], variants: list[str]) -> dict[str, list]:
-    """What to build of inference by package: defaults of all ops, then what differs from them, where it can be."""
+    """What to build of inference by package: defaults of all ops, then what differs from them, where it can be.
+
+    That is built of the `varied` ops; where none are named, of those that an experiment asks for.
+    """
     made = {"default": [compile_op(zoo.get(op), arch=arch) for op in ops]}
     for name in variants:
-        for default in (s for s in made["default"] if s.name in varied and s.name in asked_of(name)):
+        for default in (s for s in made["default"] if s.name in (varied or asked_of(name))):
             source = _attempt(name, compile_op, default.name, arch, VARIANTS[name])
             if source and source.kernels != default.kernels:
                 made.setdefault(name, []).append(source)
@@ -100,9 +102,7 @@ def words(name: str, default, text: str):
 @click.option("--out", type=click.Path(path_type=Path), default=Path("device_ops"), show_default=True)
 @click.option("--arch", default="sm90", show_default=True)
 @words("--ops", zoo.names(), "Entries of the zoo, comma-separated.  [default: all]")
-@words(
-    "--varied", VARIED, f"Those built for inference in variants too, as experiments ask.  [default: {','.join(VARIED)}]"
-)
+@words("--varied", (), "Those built for inference in every variant.  [default: as the experiments of gpu.py ask]")
 @words("--variants", VARIANTS, f"Variants of inference's schedule.  [default: {','.join(VARIANTS)}]")
 @words("--training", TRAINED, "Those of --ops that are built for training too, keeping states.  [default: all]")
 @words(
