@@ -143,7 +143,7 @@ class Session:
         asked = unit.asked
         program = sanitizer.watched(asked["op"], asked["purposes"], self.folders)
         found = sanitizer.run(asked["tool"], program, min(SANITIZER_SECONDS, left))
-        if found["verdict"] == "not run" and left < SANITIZER_SECONDS:
+        if found["verdict"] == "late" and left < SANITIZER_SECONDS:
             return self._left(unit)
         return self._add(unit, {}, figures=found)
 

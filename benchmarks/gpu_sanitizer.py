@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,22 +34,24 @@ def watched(op: str, purposes, folders) -> list[str]:
 
 
 def run(tool: str, program: list[str], seconds: float) -> dict:
-    """ "verdict": "clean", "errors", "not run" or "absent", and what the tool said."""
+    """ "verdict": "clean", "errors", "not run", "late" or "absent", and what the tool said."""
     path = find()
     if path is None:
         return {"verdict": "absent", "said": f"no {NAME} on the PATH or in {', '.join(PLACES)}: not checked"}
     started = time.perf_counter()
     command = [path, "--tool", tool, "--error-exitcode", "9", *program]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return {"verdict": "not run", "said": f"not done within {seconds:.0f} s"}
+        process = subprocess.Popen(command, start_new_session=True, **pipes)
     except OSError as error:
         return {"verdict": "not run", "said": f"{path}: {error}"}
-    took = {"seconds": round(time.perf_counter() - started, 1)}
-    return verdict(done.stdout, done.returncode) | took
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # and what it watches
+        process.communicate()
+        return {"verdict": "late", "said": f"not done within {seconds:.0f} s"}
+    return verdict(said, process.returncode) | {"seconds": round(time.perf_counter() - started, 1)}
 
 
 def verdict(text: str, status: int) -> dict:
