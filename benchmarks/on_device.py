@@ -69,15 +69,15 @@ class Call:
         return self.until - time.monotonic()
 
     def done(self, step: Step) -> bool:
-        known = self.steps.get(step.name, {})
-        return known.get("under") == step.under and known.get("outcome") in ("done", "failed")
+        known, final = self.steps.get(step.name, {}), ("done", "failed") if step.until_done else ("done",)
+        return known.get("under") == step.under and known.get("outcome") in final
 
     def run(self, step: Step) -> None:
         """Its command, unless it is done or there is no time; its process and all of theirs end in time."""
         if self.done(step) or self.left < LEAST:
             return
         began, most = time.monotonic(), min(step.seconds, self.left)
-        status, said = run(step.command, most, {**os.environ, **step.environment})
+        status, said = run(step.command, most, step.environment)
         outcome = "cut off" if status is None else "failed" if status else "done" if step.until_done else "to go on"
         if outcome == "cut off" and most == step.seconds:
             outcome = "failed"
@@ -108,8 +108,10 @@ class Call:
             thread.join()
 
 
-def run(command: list[str], seconds: float, environment: dict) -> tuple[int | None, str]:
-    """Exit status, None where it was killed after so many seconds, and all that it said."""
+def run(command: list[str], seconds: float, environment: dict | None = None) -> tuple[int | None, str]:
+    """Exit status, None where it was killed after so many seconds, and all that it said. kdagen is this checkout's."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(environment or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
@@ -157,7 +159,7 @@ def sweep_step(folder: Path, under: str, seconds: float) -> Step:
 
 def facts() -> str:
     """The GPU and what figures depend on, in a line."""
-    status, said = run([sys.executable, "-c", FACTS], 120, dict(os.environ))
+    status, said = run([sys.executable, "-c", FACTS], 120)
     if status:
         raise click.ClickException(
             f"no GPU here: {said.strip().splitlines()[-1] if said.strip() else 'torch is silent'}"

@@ -2,6 +2,7 @@
 here was measured."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ import packages
 import pytest
 import simulated_gpu
 import torch
+from click.testing import CliRunner
+from kdagen.autotune import pool
 from kdagen.autotune.pool import WorkerDied
 
 from kdagen import zoo
@@ -358,3 +361,38 @@ def test_ceilings_are_measured_once_a_process(bench, monkeypatch):
     monkeypatch.setattr(gpu_timing, "ceilings", lambda: 1 / 0)
     assert json.loads(bench.answer({"do": "compare", **ASKED}))["run"] == first
     assert torch.cuda.is_available()
+
+
+def test_all_of_it_in_processes_of_their_own(folder, monkeypatch, tmp_path):
+    """On a simulated GPU: checked, timed and compared; what dies is named."""
+    import gpu
+    import gpu_docs
+    import gpu_experiments
+
+    shutil.copytree(folder / "plain", tmp_path / "ops" / "broken")
+    for name in ("default", "split"):
+        shutil.copytree(folder / name, tmp_path / "ops" / name)
+    shapes = (("linear_attention",),), ((1, 64, 1),)
+    compared = gpu_experiments.Experiment("Which?", ("default", "split"), *shapes)
+    streams = gpu_experiments.Experiment("Side by side?", ("default",), *shapes, alone=True)
+    monkeypatch.setattr(gpu_experiments, "EXPERIMENTS", {"families": compared, "overlap": streams})
+    work = str(BENCHMARKS.parent / "tests" / "simulated_work.py")
+    monkeypatch.setattr(gpu.GpuWorker, "__init__", lambda self, folders: start(self, work, folders))
+    words = "--stages correct,time,families,overlap --purpose inference --ops linear_attention --calls 2 --jobs 1"
+    words = f"{words} --tokens 64 --heads 1 --gates mild --out {tmp_path}".split()
+    first = CliRunner().invoke(gpu.main, [str(tmp_path / "ops"), *words])
+    assert "not timed: linear_attention, inference, broken: crash: the worker died of SIGABRT" in first.output, (
+        first.output
+    )
+    (path,) = tmp_path.glob("*.json")
+    records = {r["stage"] + r["name"].rpartition(",")[2]: r for r in json.loads(path.read_text())["records"]}
+    assert records["time H = 1"]["left_out"] == {"broken": records["correct broken"]["failed"]}
+    assert records["correct default"]["figures"]["graphs"] == 2
+    assert len(records["families H = 1"]["figures"]["table"]) == 2
+    assert all(row["same_bits"] for row in records["overlap H = 1"]["figures"]["table"])
+    assert "2 segments, side by side" in gpu_docs.write(path, tmp_path / "docs")[0].read_text()
+
+
+def start(worker, work: str, folders) -> None:
+    pool.Worker.__init__(worker, "cuda:0")
+    worker.program = (work, *map(str, folders))
