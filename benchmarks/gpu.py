@@ -72,9 +72,10 @@ class Session:
                     for unit in self._pop(waiting):
                         self.do(unit, worker, "correct")
             finally:
-                worker.end()
+                if worker is not self.worker:
+                    worker.end()
 
-        self._several(work, [self.make() for _ in range(min(self.jobs, len(groups)))])
+        self._several(work, [self.worker, *(self.make() for _ in range(min(self.jobs, len(groups)) - 1))])
 
     def sanitized(self, units: list[Unit]) -> None:
         """Those of "sanitizer", several at a time."""

@@ -13,9 +13,7 @@ from kdagen.autotune.worker import serve
 
 from kdagen.runtime import loader
 
-FACTS = {
-    "gpu": "A simulated GPU", "multiprocessors": 1, "l2_bytes": 1, "versions": {"made up": "yes"}, "state": {}, "date": "",
-}  # fmt: skip
+FACTS = {"gpu": "A simulated GPU", "multiprocessors": 1, "l2_bytes": 1, "versions": {}, "state": {}, "date": ""}
 
 
 class Patch:
