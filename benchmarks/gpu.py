@@ -129,6 +129,10 @@ class Session:
                 broken[death.running] = f"{death.kind}: {death}"
                 unit = unit.without(death.running)
                 continue
+            if "error" in reply and reply["running"] and reply["running"] not in broken:
+                broken[reply["running"]] = reply["reason"]
+                unit = unit.without(reply["running"])
+                continue
             more = {"broken": broken} if broken else {}
             if "error" in reply:
                 return self._add(unit, {}, failed=reply["reason"], **more)

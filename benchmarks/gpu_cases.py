@@ -39,7 +39,7 @@ OTHERS = 6
 
 def cases(folders, purposes, ops, gates, batch: int | None, tokens, heads, quick: bool) -> tuple[list, list]:
     """Every op that was built at the shapes that matter most, and then the rest; all of them where they are chosen."""
-    built = {(p, op): timed(contenders.built(folders, op, p)) for p, op in product(purposes, ops)}
+    built = {(p, op): timed(p, contenders.built(folders, op, p)) for p, op in product(purposes, ops)}
     for purpose in purposes:
         if missing := [op for op in ops if not built[purpose, op]]:
             what = f"not built for {purpose}: {', '.join(missing)}"
@@ -56,9 +56,12 @@ def cases(folders, purposes, ops, gates, batch: int | None, tokens, heads, quick
     return found
 
 
-def timed(kernels: dict) -> dict:
-    """What is timed beside peers: not the variants that experiments are about, unless there is nothing else."""
-    return {n: k for n, k in kernels.items() if n.split()[0] not in experiments.VARIANTS} or kernels
+def timed(purpose: str, kernels: dict) -> dict:
+    """What is timed beside peers: not variants that experiments are about, nor types of states where these are few."""
+    left = {n: k for n, k in kernels.items() if n.split()[0] not in experiments.VARIANTS}
+    if purpose != DECODE:
+        left = {n: k for n, k in left.items() if not n.startswith("state_")}
+    return left or kernels
 
 
 def shapes(purpose: str, batch: int | None, tokens, heads, quick: bool) -> list[tuple]:

@@ -54,11 +54,13 @@ class Case:
 
 def rows(case: Case, mode: str, times: dict, peaks: dict, errors: dict, ceilings: dict, peer=None) -> list[dict]:
     """Figures of each contender and part, ready for JSON; ratios are of the same part. `errors`: worst, by label."""
-    modelled, flops, least = _of_parts(case, "bytes"), _of_parts(case, "flops"), case.least_bytes
+    modelled, flops = _of_parts(case, "bytes"), _of_parts(case, "flops")
+    own = {f"kdagen {label}": launches.least_bytes(kernels, case.shape) for label, kernels in case.kernels.items()}
     copy_rate, product_rate, found = ceilings["copy_bytes_a_second"], ceilings["bf16_flops_a_second"], []
     for label, t in times.items():
         contender, _, part = label.partition(": ")
         against = times.get(": ".join([peer.label, *filter(None, [part])])) if peer else None
+        least = own.get(contender, case.least_bytes)  # states may be of other types
         moved, floor_ms = modelled.get(label), 1e3 * least[part] / copy_rate if part in least else None
         seconds, computed = t.median * 1e-3, flops.get(label)
         found.append(

@@ -22,6 +22,7 @@ import kdagen as kg
 from kdagen.errors import LaunchError
 from kdagen.pipeline import compile_decode, compile_op, compile_training
 from kdagen.runtime import loader
+from kdagen.state import DEFAULT, StateType
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPE = (1, 600, 3)  # longer than what is drawn
@@ -450,6 +451,25 @@ def test_the_bandwidth_of_decoding_is_of_states_read_and_written(folder, machine
     assert row["floor_ms"] == pytest.approx(1e3 * (states + tokens) / 1e9)
     assert row["modelled_bytes"] >= states + tokens and row["of_copy"] == pytest.approx(row["bytes_a_second"] / 1e9)
     assert {name for name, _ in launched} == {"gated_deltanet_decode"}
+
+
+def test_states_of_another_type_have_a_floor_of_their_own(folder, machine, tmp_path):
+    small = StateType("KV", "bfloat16")
+    place = tmp_path / "ops"
+    for name, state in (("default", DEFAULT), ("state_bf16", small)):
+        packages.write(place / name, compile_decode(kg.load("linear_attention"), 64, state=state), tmp_path)
+    found = measured(machine[0], place, [case(place, "linear_attention", "decode", heads=2, batch=4)], tmp_path)
+    floors = [found[f"kdagen {label}", ""]["floor_ms"] for label in ("default", "state_bf16")]
+    assert floors[0] - floors[1] == pytest.approx(1e3 * 2 * 4 * 2 * 64 * 64 * 2 / 1e9)
+
+
+def test_types_of_states_are_timed_in_decoding_alone():
+    import gpu_cases
+
+    built = dict.fromkeys(("chunk32", "default", "keep_all", "state_vk"))
+    assert list(gpu_cases.timed("decode", built)) == ["default", "keep_all", "state_vk"]
+    assert list(gpu_cases.timed("inference", built)) == ["default", "keep_all"]
+    assert list(gpu_cases.timed("inference", {"chunk32": None})) == ["chunk32"]
 
 
 def test_ragged_batches_are_measured_too(folder, machine, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import packages
 import pytest
@@ -172,6 +173,21 @@ def test_a_contender_that_breaks_the_process_is_left_out(folder, process, tmp_pa
     found = found_of(folder, tmp_path, "families", {**SHAPE, **asks})
     assert found["broken"] == {"split": "device error: CUDA error: an illegal memory access was encountered"}
     assert found["figures"]["table"] == [{"contender": "kdagen default", "ms": 1.0}]
+
+
+def test_a_peer_that_fails_at_a_shape_is_left_out_there(folder, process, tmp_path):
+    failed = {"error": "error", "reason": "OutOfResources: out of resource: shared memory", "running": "fla chunk_kda"}
+    process.answers["time"] = lambda request: failed if request["peer"] else TIMED
+    asks = {"labels": ["default"], "shape": [1, 64, 1], "lengths": [], "gate": "mild", "peer": True}
+    process.answers["correct"] = RIGHT
+    found = found_of(folder, tmp_path, "time", {**SHAPE, **asks})
+    assert "broken" not in found  # no peer is installed here
+    import gpu_contenders
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_contenders, "peer", lambda *_: SimpleNamespace(label="fla chunk_kda"))
+        found = found_of(folder, tmp_path / "with", "time", {**SHAPE, **asks})
+    assert found["broken"] == {"fla chunk_kda": failed["reason"]} and found["figures"]["rows"] == ROWS
 
 
 def found_of(folder, out, stage: str, asked: dict) -> dict:
