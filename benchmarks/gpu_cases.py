@@ -149,6 +149,10 @@ def experiment_units(folders, name: str, rounds: int) -> list[Unit]:
         if len(kernels) + len(more) > (0 if asks.alone else 1):
             case = Case(op, shape, kernels, purpose, gate)
             asked = asked_of(case) | {"peer": False, "others": others, "rounds": rounds, "modes": ["device"]}
-            versus = f", beside {', '.join(others)}" if others else ""
-            made.append(Unit(name, f"{case}{versus}", kernels_hash([*kernels.values(), *more]), asked))
+            made.append(Unit(name, point_name(case, others), kernels_hash([*kernels.values(), *more]), asked))
     return made
+
+
+def point_name(case: Case, others) -> str:
+    """The name of an experiment's unit."""
+    return f"{case}, beside {', '.join(others)}" if others else f"{case}"

@@ -11,32 +11,21 @@ the marks is written; the rest of the page is anybody's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import click
 import gpu_cases as cases
+import gpu_predicted as predicted
 from gpu_docs import DOCS, NAMED, RESULTS, Found, _table
 from gpu_report import Case
 from kdagen.autotune import gpus, launches, model
-from kdagen.autotune.sweep import Workload
 
-from kdagen import zoo
-from kdagen.pipeline import compile_decode_stages, compile_stages, compile_training_stages
 from kdagen.runtime.loader import LoadedOp
 
 BEGIN, END = "<!-- made by benchmarks/gpu_notes.py: not by hand -->", "<!-- end -->"
 HEAD = "# Expected and found on GPUs\n\n"
-CHIPS = ("H100", "H200")
-COMPILE = {"inference": compile_stages, "training": compile_training_stages, "decode": compile_decode_stages}
+CHIPS = ("H100",)  # that are written about before any file is there
 NEVER = "not measured yet"
-
-
-@cache
-def compiled(op: str, purpose: str):
-    """The default kernels of an op, and these as a launch plan."""
-    made = COMPILE[purpose](zoo.get(op))
-    return made, LoadedOp(Path(), {"plan": made.source.plan()})
 
 
 @dataclass(frozen=True)
@@ -50,12 +39,12 @@ class Expected:
 
 
 def expected(op: str, purpose: str, shape, lengths, gpu: gpus.Gpu) -> Expected:
-    compilation, kernels = compiled(op, purpose)
+    made = predicted.compiled(op, purpose)
+    kernels = LoadedOp(Path(), {"plan": made.source.plan()})
     least = launches.least_bytes(kernels, shape)[""]
-    batch, tokens, heads = shape
-    workload = Workload(batch, tokens, heads, heads, tuple(lengths))
     case = Case(op, shape, {}, purpose, cases.GATES[0], tuple(lengths))
-    return Expected(case, least, 1e3 * least / gpu.memory, model.predict(compilation, gpu, workload))
+    time = model.predict(made, gpu, predicted.workload(shape, lengths))
+    return Expected(case, least, 1e3 * least / gpu.memory, time)
 
 
 def every(gpu: gpus.Gpu, ops=cases.OPS, purposes=cases.PURPOSES) -> list[Expected]:
@@ -122,16 +111,17 @@ AIMS = (
 RATIO = 2.0  # KDA over kdagen's own DPLR
 
 
-def text(found: list[Found], chips=CHIPS, ops=cases.OPS, purposes=cases.PURPOSES) -> str:
+def text(found: list[Found], ops=cases.OPS, purposes=cases.PURPOSES) -> str:
     """What stands between the marks."""
     parts = [
         "Floor: the least traffic (arguments read once, results written once) at the data sheet's bandwidth. "
         "Predicted: the model's time of the default schedule, with what limits it. **Both are predicted, not "
         "measured.** Measured: medians of `gpu.py`, slow gates, with what came of the prediction."
     ]
-    for name in chips:
+    for name in dict.fromkeys([*CHIPS, *(f.gpu for f in found if gpus.find(f.gpu))]):
         mine = [f for f in found if f.gpu == name]
         parts += [f"## {name}", aims(name, mine), expectations(gpus.find(name), mine, ops, purposes)]
+        parts += predicted.questions(gpus.find(name), mine[-1] if mine else None, ops)
     return "\n\n".join(parts) + "\n"
 
 

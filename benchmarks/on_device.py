@@ -197,9 +197,10 @@ def give(out: Path, sweeps: list[Path]) -> None:
 
 
 def left_by(out: Path) -> list[str]:
-    """What the last call of gpu.py did not come to."""
+    """What the last call of gpu.py had no time for."""
     found = sorted(out.glob("*-????-??-??.json"), key=lambda path: path.stat().st_mtime)
-    return json.loads(found[-1].read_text())["left"] if found else []
+    left = json.loads(found[-1].read_text())["left"] if found else []
+    return [line for line in left if line.endswith("no time")]
 
 
 def do(call: Call, name: str, ops: Path, sweeps: list[Path], under: str, jobs: int) -> None:

@@ -123,7 +123,7 @@ def test_pages_are_of_the_last_file_of_each_gpu(tmp_path, monkeypatch):
     )
 
 
-SMALL = {"chips": ("H100",), "ops": ("kda",), "purposes": ("inference",)}
+SMALL = {"ops": ("kda",), "purposes": ("inference",)}
 
 
 def test_notes_without_any_measurement_say_so():
@@ -159,6 +159,38 @@ def test_notes_have_a_line_for_each_file_of_a_case(tmp_path):
     assert "| KDA: at least 2x kdagen's own DPLR | 2.60x (kda, beside dplr) |" in made
     missed = gpu_notes.text([gpu_docs.Found(files[0])], **SMALL)
     assert "at most 0.6 ms | missed: 0.900 ms |" in missed
+
+
+def test_questions_have_a_prediction_beside_what_was_found(tmp_path, monkeypatch):
+    import gpu_docs
+    import gpu_predicted
+    from kdagen.autotune import gpus
+
+    call = (("gated_deltanet",),), ((1, 64, 12),)
+    asks = gpu_predicted.Experiment("Do roles pay?", ("default", "plain", "chunk32"), *call)
+    alone = gpu_predicted.Experiment("Side by side?", ("default",), *call, alone=True)
+    monkeypatch.setattr(gpu_predicted, "EXPERIMENTS", {"roles": asks, "overlap": alone})
+    name = "gated_deltanet, inference, mild gates, B = 1, T = 64, H = 12"
+    record = {"stage": "roles", "name": name, "figures": {"table": ROLES}}
+    found = gpu_docs.Found(file(tmp_path / "r", records=[record]))
+    assert gpu_predicted.questions(gpus.find("H100"), found, ("kda",)) == []
+    title, table = gpu_predicted.questions(gpus.find("H100"), found, ("gated_deltanet",))
+    assert title == "### Do roles pay?"
+    first, plain = (line.split(" | ") for line in table.splitlines()[2:])  # chunks of 32 are its default
+    assert plain[1] == "plain (no roles, a chunk ahead)" and plain[4:] == ["1.000", "0.80 |"]
+    assert float(first[2]) / float(plain[2]) == pytest.approx(float(plain[3]), abs=0.02) and first[3:5] == [
+        "1.00",
+        "0.800",
+    ]
+
+
+def test_a_gpu_that_was_measured_has_notes_of_its_own(tmp_path):
+    import gpu_docs
+    import gpu_notes
+
+    found = [gpu_docs.Found(file(tmp_path / "r", name)) for name in ("H200-2026-01-01.json", "unknown-2026-01-01.json")]
+    titles = [line for line in gpu_notes.text(found, **SMALL).splitlines() if line.startswith("## ")]
+    assert titles == ["## H100", "## H200"]
 
 
 def test_what_people_wrote_into_the_notes_stays(tmp_path):

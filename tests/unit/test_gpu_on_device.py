@@ -162,6 +162,11 @@ def test_what_is_left_is_said(script, monkeypatch, ops, tmp_path):
     assert found.output.splitlines()[-1].endswith("to go on with, or failed: time")
 
 
+def test_what_cannot_be_timed_is_not_waited_for(script, monkeypatch, ops, tmp_path):
+    made_up(script, monkeypatch, left=["time: a case: no kernels that are right"])
+    assert invoke(script, ops, "--out", tmp_path / "out", "--steps", "time").output.endswith("all is done\n")
+
+
 def test_logs_of_sweeps_travel_in_one_file(script, monkeypatch, ops, sweeps, tmp_path):
     made_up(script, monkeypatch)
     invoke(script, ops, "--sweeps", sweeps, "--out", tmp_path / "out", "--steps", "sweeps")
