@@ -130,7 +130,7 @@ def test_notes_without_any_measurement_say_so():
     import gpu_notes
 
     made = gpu_notes.text([], **SMALL)
-    lines = [line for line in made.splitlines() if line.startswith("| kda, inference")]
+    lines = [line for line in made.partition("###")[0].splitlines() if line.startswith("| kda, inference")]
     assert len(lines) == 18 and all(gpu_notes.NEVER in line for line in lines)
     assert "Both are predicted, not measured" in made and "floor ms, not measured" in made
     first = next(line for line in lines if "B = 1, T = 8192, H = 64" in line).split(" | ")
@@ -148,7 +148,7 @@ def test_notes_have_a_line_for_each_file_of_a_case(tmp_path):
     slow = [timed(row(ms=0.9, faster=1.8))]
     files = [file(tmp_path / "r", "H100-2026-01-01.json", slow), file(tmp_path / "r")]
     made = gpu_notes.text([gpu_docs.Found(path) for path in files], **SMALL)
-    lines = [line.split(" | ") for line in made.splitlines() if "B = 1, T = 8192, H = 64 |" in line]
+    lines = [line.split(" | ") for line in made.partition("###")[0].splitlines() if "B = 1, T = 8192, H = 64 |" in line]
     assert [line[5] for line in lines] == ["0.900", "0.500"] and [line[8] for line in lines] == ["1.80", "3.20"]
     predicted = float(lines[0][3])
     assert float(lines[0][7]) == pytest.approx(0.9 / predicted, abs=0.01) and lines[1][9] == "2026-01-02 |"
