@@ -129,6 +129,7 @@ def machine(monkeypatch):
     import gpu
     import gpu_contenders
     import gpu_correct
+    import gpu_session
     import gpu_timing
     import gpu_work
 
@@ -152,7 +153,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(gpu_timing, "state", dict)
     monkeypatch.setattr(gpu_timing, "ceilings", lambda: {"copy_bytes_a_second": 1e9, "bf16_flops_a_second": 1e12})
     monkeypatch.setattr(gpu_contenders, "peer", lambda *_: Slow())
-    monkeypatch.setattr(gpu, "GpuWorker", Here)
+    monkeypatch.setattr(gpu_session, "GpuWorker", Here)
     return gpu, launched
 
 

@@ -376,6 +376,7 @@ def test_all_of_it_in_processes_of_their_own(folder, monkeypatch, tmp_path):
     import gpu
     import gpu_docs
     import gpu_experiments
+    import gpu_session
 
     shutil.copytree(folder / "plain", tmp_path / "ops" / "broken")
     for name in ("default", "split"):
@@ -385,7 +386,7 @@ def test_all_of_it_in_processes_of_their_own(folder, monkeypatch, tmp_path):
     streams = gpu_experiments.Experiment("Side by side?", ("default",), *shapes, alone=True)
     monkeypatch.setattr(gpu_experiments, "EXPERIMENTS", {"families": compared, "overlap": streams})
     work = str(BENCHMARKS.parent / "tests" / "simulated_work.py")
-    monkeypatch.setattr(gpu.GpuWorker, "__init__", lambda self, folders: start(self, work, folders))
+    monkeypatch.setattr(gpu_session.GpuWorker, "__init__", lambda self, folders: start(self, work, folders))
     words = "--stages correct,time,families,overlap --purpose inference --ops linear_attention --calls 2 --jobs 1"
     words = f"{words} --tokens 64 --heads 1 --gates mild --out {tmp_path}".split()
     first = CliRunner().invoke(gpu.main, [str(tmp_path / "ops"), *words])
