@@ -24,6 +24,7 @@ from kdagen.autotune.tiles import Tile, lowering
 
 from kdagen.ir.tile import BYTES, Kernel
 from kdagen.ir.tile_cost import chunk_flops
+from kdagen.lower.scan import PLAIN
 from kdagen.schedule import Choices, changes
 from kdagen.target import target
 
@@ -191,7 +192,8 @@ def _resident(tile: Tile, gpu: Gpu) -> int:
 
 def threads_of(tile: Tile, gpu: Gpu) -> int:
     """Threads of a block, a warp group included that fetches ahead of those of a scan."""
-    fetches = tile.kernel.skeleton.startswith("scan") and target(gpu.target).bulk_copies
+    skeleton = tile.kernel.skeleton
+    fetches = skeleton.startswith("scan") and skeleton != PLAIN and target(gpu.target).bulk_copies
     return tile.kernel.threads + PRODUCER * fetches
 
 

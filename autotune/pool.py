@@ -39,6 +39,8 @@ class WorkerDied(Exception):
 class Worker:
     """One process on one device; it starts at the first request. Asked by one thread at a time."""
 
+    program: tuple[str, ...] = ("-m", "kdagen.autotune.worker")  # Python runs it, with a device and the mark behind
+
     def __init__(self, device: str):
         self.device = device
         self.process: subprocess.Popen | None = None
@@ -77,7 +79,7 @@ class Worker:
         spec, environment = self.device, None
         if spec.startswith("cuda:"):
             spec, environment = "cuda:0", debug.one_gpu(int(spec.removeprefix("cuda:")))
-        command = [sys.executable, "-m", "kdagen.autotune.worker", spec, str(self._mark.fileno())]
+        command = [sys.executable, *self.program, spec, str(self._mark.fileno())]
         self._stderr = None if debug.level() else tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (as above)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True, env=environment,

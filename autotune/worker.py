@@ -48,11 +48,11 @@ def _contender(fields: dict) -> tuple[Candidate, Compiled | None]:
     return candidate, Compiled(Path(fields["kernels"]), fields["manifest"]) if "kernels" in fields else None
 
 
-class Server:
-    """Answers requests by one device; `mark` hears what is about to run."""
+class Answering:
+    """Answers requests, {"do": "check"} by what `_check` returns; `mark` hears what is about to run."""
 
-    def __init__(self, device: Device, mark: Callable[[str], None]):
-        self.device, self._write_mark = device, mark
+    def __init__(self, mark: Callable[[str], None]):
+        self._write_mark = mark
         self.running, self.fatal = None, False
 
     def mark(self, candidate: str) -> None:
@@ -63,14 +63,29 @@ class Server:
         """The reply's JSON, where infinite figures are an error; whatever a candidate raises is a reply."""
         self.running = None
         try:
-            contenders = [_contender(c) for c in request.get("contenders", ())]
-            return json.dumps(getattr(self, f"_{request['do']}")(request, contenders), allow_nan=False)
+            return json.dumps(self.do(request), allow_nan=False)
         except Exception as error:
             traceback.print_exc()
             self.fatal = kind(error) in FATAL
             return json.dumps({"error": kind(error), "reason": words(error), "running": self.running})
         finally:
             gc.collect()  # what samplers held
+
+    def do(self, request: dict) -> dict:
+        """What a request asks for."""
+        return getattr(self, f"_{request['do']}")(request)
+
+
+class Server(Answering):
+    """Answers by one device."""
+
+    def __init__(self, device: Device, mark: Callable[[str], None]):
+        super().__init__(mark)
+        self.device = device
+
+    def do(self, request: dict) -> dict:
+        contenders = [_contender(c) for c in request.get("contenders", ())]
+        return getattr(self, f"_{request['do']}")(request, contenders)
 
     def _facts(self, request: dict, contenders: list) -> dict:
         return {"facts": self.device.facts(), "state": self.device.state()}
@@ -140,27 +155,31 @@ def _requests():
         yield waiting.get()
 
 
-def main() -> None:
+def serve(server_of: Callable[[Callable[[str], None]], Answering], mark: int | None = None) -> None:
+    """Answers on stdout what is asked on stdin, by what `server_of` makes of a function that writes to MARK."""
     # Whatever a device or its libraries print must not get among the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
     )  # of a GPU's process: GBs
+    mark = os.open(os.devnull, os.O_WRONLY) if mark is None else mark
     try:
-        device = open_device(sys.argv[1])
+        server = server_of(lambda name: os.pwrite(mark, name.encode()[:MARK].ljust(MARK, b"\0"), 0))
     except Exception as error:
         traceback.print_exc()
         ours = type(error if isinstance(error, KdagenError) else LaunchError())
         replies.write(json.dumps({"error": ours.__name__, "reason": words(error)}) + "\n")
         return
-    mark = int(sys.argv[2]) if len(sys.argv) > 2 else os.open(os.devnull, os.O_WRONLY)
-    server = Server(device, lambda name: os.pwrite(mark, name.encode().ljust(MARK, b"\0"), 0))
     replies.write('{"ready": true}\n')
     for request in _requests():
         replies.write(server.answer(request) + "\n")
         if server.fatal:
             os._exit(0)  # what a broken device's destructors do is anybody's guess
+
+
+def main() -> None:
+    serve(lambda mark: Server(open_device(sys.argv[1]), mark), int(sys.argv[2]) if len(sys.argv) > 2 else None)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from kdagen.autotune import launches
@@ -107,7 +107,13 @@ def built(folders: list[Path], name: str, purpose: str = "inference") -> dict[st
 
 def _variants(folder: Path) -> list[LoadedOp]:
     """Of every type of states."""
-    return [load_op(manifest.parent) for manifest in sorted(folder.glob("[!.]*/manifest.json"))]
+    return [_loaded(manifest.parent) for manifest in sorted(folder.glob("[!.]*/manifest.json"))]
+
+
+@cache
+def _loaded(folder: Path) -> LoadedOp:
+    """Once in a process, hashes checked: a library stays open anyway."""
+    return load_op(folder)
 
 
 def packages(folders: list[Path]) -> list[Path]:
@@ -121,14 +127,13 @@ def packages(folders: list[Path]) -> list[Path]:
     return found
 
 
-def check_kernels(op: str, kernels: LoadedOp) -> dict[str, tuple[float, float]]:
-    """Errors of results, in training of gradients too, and what they may be: the tuner's check of a candidate."""
+def check_kernels(op: str, kernels: LoadedOp) -> dict:
+    """The tuner's check of a candidate: {"ok", "reason", "errors": {name: [found, most]}}, of gradients too."""
     plan = kernels.plan
     head_dim = plan["dims"]["K"], plan["dims"]["V"]
     task = Task(op, kernels.purpose, plan["target"], DEVICE, head_dim, plan["dtype"], state=kernels.state)
     found = check(task, partial(launches.run, kernels), DEVICE, plan)
-    errors = {name: tuple(pair) for name, pair in found["errors"].items() if not name.endswith(ELEMENTS)}
-    return errors if found["ok"] else errors | {found["reason"]: (math.nan, 0.0)}
+    return {**found, "errors": {n: pair for n, pair in found["errors"].items() if not n.endswith(ELEMENTS)}}
 
 
 def reference(op: str, given: dict, state=None) -> tuple:
@@ -146,25 +151,13 @@ def of(label: str, call: Callable) -> Callable:
     return lambda given: call(given[label])
 
 
-def modelled_bytes(kernels: LoadedOp, shape: tuple[int, int, int]) -> dict[str, float]:
-    """What each kernel, each pass and the whole moves by the manifest's model, states left out but in decoding."""
-    states = launches.tensor_bytes(kernels, shape, "state_pool", "new_state_pool")
-    moved = {k["name"]: k["bytes_a_token"] * math.prod(shape) + states for k in kernels.plan["kernels"]}
-    passes = {which: sum(moved[k["name"]] for k in launches) for which, launches in kernels.passes.items()}
+def modelled(kernels: LoadedOp, shape: tuple[int, int, int], what: str = "bytes") -> dict[str, float]:
+    """What each kernel, each pass and the whole moves ("bytes") or multiplies ("flops") by the manifest's model.
+
+    States are left out but in decoding; there no matrix products are counted.
+    """
+    states = launches.tensor_bytes(kernels, shape, "state_pool", "new_state_pool") if what == "bytes" else 0
+    of = {k["name"]: k.get(f"{what}_a_token", 0) * math.prod(shape) + states for k in kernels.plan["kernels"]}
+    passes = {which: sum(of[k["name"]] for k in launched) for which, launched in kernels.passes.items()}
     parts = passes if kernels.training else {}
-    return {"": sum(passes.values()), **parts, **{launches.short(kernels, name): n for name, n in moved.items()}}
-
-
-def merged(errors: list[dict]) -> dict[str, tuple[float, float]]:
-    """The largest error of each result, with what it may be at most."""
-    return {name: (worst([found[name][0] for found in errors]), most) for name, (_, most) in errors[0].items()}
-
-
-def sound(errors: dict[str, tuple[float, float]]) -> bool:
-    """Whether there are errors, each at most what it may be (NaN is not)."""
-    return bool(errors) and all(error <= most for error, most in errors.values())
-
-
-def worst(errors: list[float]) -> float:
-    """The largest; NaN is larger than any."""
-    return max(errors, key=lambda e: math.inf if math.isnan(e) else e)
+    return {"": sum(passes.values()), **parts, **{launches.short(kernels, name): n for name, n in of.items()}}

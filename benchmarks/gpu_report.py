@@ -52,15 +52,17 @@ class Case:
         return f"{self.op}, {self.purpose}, {self.gate} gates, B = {b}, T = {t}{ragged}, H = {h}"
 
 
-def rows(case: Case, mode: str, times: dict, peaks: dict, errors: dict, copy_rate: float) -> list[dict]:
-    """Figures of each contender and part, ready for JSON; ratios are of the same part."""
-    peer, modelled, least = case.peer, _modelled(case), case.least_bytes
-    found = []
+def rows(case: Case, mode: str, times: dict, peaks: dict, errors: dict, ceilings: dict, peer=None) -> list[dict]:
+    """Figures of each contender and part, ready for JSON; ratios are of the same part. `errors`: worst, by label."""
+    modelled, flops = _of_parts(case, "bytes"), _of_parts(case, "flops")
+    own = {f"kdagen {label}": launches.least_bytes(kernels, case.shape) for label, kernels in case.kernels.items()}
+    copy_rate, product_rate, found = ceilings["copy_bytes_a_second"], ceilings["bf16_flops_a_second"], []
     for label, t in times.items():
         contender, _, part = label.partition(": ")
         against = times.get(": ".join([peer.label, *filter(None, [part])])) if peer else None
+        least = own.get(contender, case.least_bytes)  # states may be of other types
         moved, floor_ms = modelled.get(label), 1e3 * least[part] / copy_rate if part in least else None
-        wrong = errors.get(contender.removeprefix("kdagen "))
+        seconds, computed = t.median * 1e-3, flops.get(label)
         found.append(
             {
                 "op": case.op,
@@ -77,26 +79,29 @@ def rows(case: Case, mode: str, times: dict, peaks: dict, errors: dict, copy_rat
                 "floor_ms": floor_ms,
                 "of_floor": floor_ms / t.median if floor_ms else None,
                 "modelled_bytes": moved,
-                "bytes_a_second": moved / (t.median * 1e-3) if moved else None,
-                "of_copy": moved / (t.median * 1e-3) / copy_rate if moved else None,
+                "bytes_a_second": moved / seconds if moved else None,
+                "of_copy": moved / seconds / copy_rate if moved else None,
+                "modelled_flops": computed,
+                "flops_a_second": computed / seconds if computed else None,
+                "of_product": computed / seconds / product_rate if computed else None,
                 "peak_bytes": peaks.get(label),
-                "error": contenders.worst([e for e, _ in wrong.values()]) if wrong else None,
+                "error": errors.get(contender.removeprefix("kdagen ")),
             }
         )
     return found
 
 
-def _modelled(case: Case) -> dict[str, float]:
-    """Bytes by label, of whole ops, of passes and of single kernels."""
-    parts = {label: contenders.modelled_bytes(kernels, case.shape) for label, kernels in case.kernels.items()}
-    joined = {(label, part): moved for label, found in parts.items() for part, moved in found.items()}
-    return {": ".join([f"kdagen {label}", *filter(None, [part])]): moved for (label, part), moved in joined.items()}
+def _of_parts(case: Case, what: str) -> dict[str, float]:
+    """Modelled bytes or FLOPs by label, of whole ops, of passes and of single kernels."""
+    parts = {label: contenders.modelled(kernels, case.shape, what) for label, kernels in case.kernels.items()}
+    joined = {(label, part): amount for label, found in parts.items() for part, amount in found.items()}
+    return {": ".join([f"kdagen {label}", *filter(None, [part])]): amount for (label, part), amount in joined.items()}
 
 
 def table(measured: list[dict]) -> Table:
     """One line a contender and part."""
     made = Table(box=None, pad_edge=False, title_justify="left")
-    titles = "op B,T,H for gate mode contender part ms p25 p75 xFLA floor copy GB/s peak,GB error"
+    titles = "op B,T,H for gate mode contender part ms p25 p75 xFLA floor copy GB/s product TFLOP/s peak,GB error"
     for i, title in enumerate(titles.split()):
         made.add_column(title.replace(",", " "), justify="right" if i > 6 else "left", no_wrap=True)
     for row in measured:
@@ -110,6 +115,8 @@ def table(measured: list[dict]) -> Table:
             _or_blank(row["of_floor"], "{:.0%}"),
             _or_blank(row["of_copy"], "{:.0%}"),
             _or_blank(row["bytes_a_second"] and row["bytes_a_second"] / 1e9, "{:.0f}"),
+            _or_blank(row["of_product"], "{:.0%}"),
+            _or_blank(row["flops_a_second"] and row["flops_a_second"] / 1e12, "{:.0f}"),
             _or_blank(row["peak_bytes"] and row["peak_bytes"] / 1e9, "{:.2f}"),
             _or_blank(row["error"], "{:.1e}"),
         )
@@ -131,7 +138,7 @@ def plan_table(todo: list[Case], modes, rounds: int) -> Table:
         peer = contenders.known_peer(case.op, case.purpose)
         for label, kernels in case.kernels.items():
             schedule = kernels.plan["schedule"]
-            moved = contenders.modelled_bytes(kernels, case.shape)[""] / tokens
+            moved = contenders.modelled(kernels, case.shape, "bytes")[""] / tokens
             roles = ("argument", "d_out", "state_pool", *launches.ALLOCATED)
             memory = launches.tensor_bytes(kernels, case.shape, *roles, sequences=len(case.lengths))
             made.add_row(

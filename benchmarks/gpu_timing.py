@@ -34,12 +34,19 @@ class Times:
     calls: int
 
 
-def measure(contenders: dict[str, Callable | Call], sets: Sequence, calls: int, mode: str) -> dict[str, Times]:
-    """Times of each contender, `calls` each: in every round each has one call, and the order moves on by one."""
+def measure(
+    contenders: dict[str, Callable | Call], sets: Sequence, calls: int, mode: str, mark: Callable = lambda label: None
+) -> dict[str, Times]:
+    """Times of each contender, `calls` each: in every round each has one call, and the order moves on by one.
+
+    `mark` hears which one is warmed up, for a process that does not survive it.
+    """
     import torch
 
-    for call in contenders.values():
+    for label, call in contenders.items():
+        mark(label)
         warm_up(call, sets)
+    mark("")
     run = {label: replays(call, sets) if mode == "graph" else call for label, call in contenders.items()}
     samples: dict[str, list] = {label: [] for label in contenders}
     turn, labels = itertools.count(), list(contenders)
@@ -94,9 +101,14 @@ def facts() -> dict:
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
-        "state": smi("0", SMI),
+        "state": state(),
         "versions": {"cuda": torch.version.cuda, **versions()},
     }
+
+
+def state() -> dict[str, str]:
+    """Its clocks, temperature and power as they are now."""
+    return smi("0", SMI)
 
 
 def versions() -> dict[str, str]:

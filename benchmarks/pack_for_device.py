@@ -5,8 +5,8 @@
     PYTHONPATH=. python benchmarks/gpu.py device_ops
 
 Each sub-folder is a package as `kdagen build` writes it: `default`, with kernels of inference, training and decoding;
-one for each variant of inference's schedule; for training, one for each other choice of what a forward keeps; and, for
-inference and decoding, one for each other type of states.
+one for each variant of inference's schedule that an experiment of gpu.py asks for; for training, one for each other
+choice of what a forward keeps; and, for inference and decoding, one for each other type of states.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import click
+from gpu_experiments import VARIANTS, asked_of
 
 from kdagen import zoo
 from kdagen.build.builder import build
@@ -29,25 +30,16 @@ TRAINED = zoo.names()
 EVERY_POLICY = ("kda",)
 STATE_TYPES = (StateType("VK"), StateType("KV", "bfloat16"), StateType("VK", "bfloat16"))
 EVERY_STATE = ("kda",)
-VARIED = ("kda", "kda_bounded", "gated_deltanet", "gla", "dplr")
-VARIANTS = {
-    "chunk16": {"chunk_size": 16},
-    "chunk32": {"chunk_size": 32},
-    "chunk64": {"chunk_size": 64},
-    "v64": {"v_tile": 64},
-    "stages3": {"stages": 3},
-    "pipelined": {"scan_skeleton": "scan_pipelined"},
-    "split": {"output": "split"},
-    "segments16": {"split": 16},
-    "segments64": {"split": 64},
-}
 
 
 def sources(arch: str, ops: list[str], varied: list[str], variants: list[str]) -> dict[str, list]:
-    """What to build of inference by package: defaults of all ops, then what differs from them, where it can be."""
+    """What to build of inference by package: defaults of all ops, then what differs from them, where it can be.
+
+    That is built of the `varied` ops; where none are named, of those that an experiment asks for.
+    """
     made = {"default": [compile_op(zoo.get(op), arch=arch) for op in ops]}
     for name in variants:
-        for default in (s for s in made["default"] if s.name in varied):
+        for default in (s for s in made["default"] if s.name in (varied or asked_of(name))):
             source = _attempt(name, compile_op, default.name, arch, VARIANTS[name])
             if source and source.kernels != default.kernels:
                 made.setdefault(name, []).append(source)
@@ -110,7 +102,7 @@ def words(name: str, default, text: str):
 @click.option("--out", type=click.Path(path_type=Path), default=Path("device_ops"), show_default=True)
 @click.option("--arch", default="sm90", show_default=True)
 @words("--ops", zoo.names(), "Entries of the zoo, comma-separated.  [default: all]")
-@words("--varied", VARIED, f"Those built for inference in every variant too.  [default: {','.join(VARIED)}]")
+@words("--varied", (), "Those built for inference in every variant.  [default: as the experiments of gpu.py ask]")
 @words("--variants", VARIANTS, f"Variants of inference's schedule.  [default: {','.join(VARIANTS)}]")
 @words("--training", TRAINED, "Those of --ops that are built for training too, keeping states.  [default: all]")
 @words(

@@ -6,6 +6,7 @@ operations of torch and the launches that are made while it is open, and does th
 
 from __future__ import annotations
 
+import random
 import subprocess
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from kdagen.simulate.torch_arrays import to_numpy
 from kdagen.simulate.verify import built_source
 
 _capturing: list[Graph] = []
+_streams: list[Stream] = []  # the current one last
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0, uuid="0a", L2_cache_size=1 << 20
 )
@@ -76,7 +78,9 @@ def functions(kernels: loader.LoadedOp) -> dict:
 
         def launch(*given):
             step = lambda: run(*(to_numpy(x) if isinstance(x, torch.Tensor) else x for x in given))  # noqa: E731
-            return _capturing[-1].steps.append(step) if _capturing else step()
+            if _capturing:
+                return _capturing[-1].steps.append(step)
+            return _streams[-1].launch(step) if _streams else step()
 
         return launch
 
@@ -116,15 +120,81 @@ class Event:
 
     now = 0
 
-    def __init__(self, enable_timing):
-        assert enable_timing
+    def __init__(self, enable_timing=False):
+        self.timing, self.ticket = enable_timing, None
 
-    def record(self):
+    def record(self, stream=None):
         Event.now += 1
         self.at = Event.now
+        self.ticket = stream and stream.mark()
 
     def elapsed_time(self, end):
+        assert self.timing and end.timing
         return end.at - self.at
+
+
+class Stream:
+    """Stands for torch.cuda.Stream. What is launched on one waits in a queue; of what may run, any does.
+
+    The first stream is the caller's, whose work is done before its next step: it waits for the others where it is told
+    to, and then these run in an order drawn at random, as far as nothing keeps them.
+    """
+
+    every: list[Stream] = []
+    random = random.Random(0)
+
+    def __init__(self, priority=0):
+        self.queue: list = []
+        Stream.every.append(self)
+
+    def launch(self, step) -> None:
+        self.queue.append(step)
+        if self is Stream.every[0]:
+            while self.queue:
+                Stream.random.choice([s for s in Stream.every if s.ready()]).advance()
+
+    def ready(self) -> bool:
+        return bool(self.queue) and (callable(self.queue[0]) or self.queue[0].passed)
+
+    def advance(self) -> None:
+        step = self.queue.pop(0)
+        if callable(step):
+            step()
+
+    def mark(self) -> SimpleNamespace:
+        ticket = SimpleNamespace(passed=False)
+        self.queue.append(lambda: setattr(ticket, "passed", True))
+        return ticket
+
+    def wait_event(self, event: Event) -> None:
+        if event.ticket:
+            self.queue.append(event.ticket)
+
+    def wait_stream(self, stream: Stream) -> None:
+        self.queue.append(stream.mark())
+        self.launch(lambda: None)
+
+
+@contextmanager
+def on_stream(stream: Stream):
+    """Stands for torch.cuda.stream."""
+    _streams.append(stream)
+    try:
+        yield
+    finally:
+        _streams.pop()
+
+
+@contextmanager
+def streams(patch, seed: int = 0):
+    """Streams, in an order of this seed; all work is done at the end."""
+    Stream.every, Stream.random = [], random.Random(seed)
+    with on_stream(Stream()):
+        stand_ins = {"Stream": Stream, "stream": on_stream, "Event": Event, "current_stream": lambda: _streams[-1]}
+        for name, stand_in in stand_ins.items():
+            patch.setattr(torch.cuda, name, stand_in)
+        yield
+        assert not any(stream.queue for stream in Stream.every), "work that the caller did not wait for"
 
 
 def install_device(patch) -> None:

@@ -21,8 +21,13 @@ from kdagen.target import Target
 
 # The last of the passes that give the roles of a kernel (explicit WSSchedule or automatic) their own warps.
 SPECIALISING_PASS = "tl.ProducerConsumerWarpSpecialized"
+ALIKE = "tl.disable_warp_specialized"  # no automatic roles either: all warps do the same
 # Attributes of a generated program, and TileLang's option for each
-OPTIONS = {"merge_shared_memory": "tl.enable_aggressive_shared_memory_merge", "no_wgmma": "tl.disable_wgmma"}
+OPTIONS = {
+    "merge_shared_memory": "tl.enable_aggressive_shared_memory_merge",
+    "no_wgmma": "tl.disable_wgmma",
+    "no_warp_roles": ALIKE,
+}
 DIMS = ("x", "y", "z")
 _quiet_lock = threading.RLock()
 
@@ -121,6 +126,8 @@ def specialised(prim_func, target: Target):
 
     Where the target or the program has no such roles, the program as it was.
     """
+    if ALIKE in _config(prim_func):
+        return prim_func
     with _tilelang(f"specialising {_name(prim_func)} for {target.name}") as tilelang:
         from tvm.ir.instrument import pass_instrument
 

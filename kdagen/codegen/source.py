@@ -54,6 +54,7 @@ class KernelSource:
     threads: int
     shared_bytes: int  # as the tile IR counts it; the lowered program's figure is the exact one
     bytes_a_token: float = 0.0  # modelled traffic a token and head, states left out; in decoding with them, at T = 1
+    flops_a_token: float = 0.0  # of matrix products, a token and head
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,12 @@ class OpSource:
         tensors = {n: dataclasses.asdict(p) | ({"of": p.of} if p.of else {}) for n, p in specs.items()}
         arguments = self.arguments or [t["name"] for t in tensors.values() if t["role"] == "argument"]
         kernels = [
-            {"name": k.name, "params": [p.name for p in k.params], "bytes_a_token": k.bytes_a_token}
+            {
+                "name": k.name,
+                "params": [p.name for p in k.params],
+                "bytes_a_token": k.bytes_a_token,
+                "flops_a_token": k.flops_a_token,
+            }
             for k in self.kernels
         ]
         return json.loads(

@@ -13,7 +13,7 @@ from pathlib import Path
 from kdagen.codegen.source import KernelSource, TensorSpec
 from kdagen.errors import ScheduleError
 from kdagen.ir.tile import Buffer, ColSum, Copy, Gemm, Kernel, Map, RowSum, Statement, Wait, base
-from kdagen.ir.tile_cost import bytes_a_token
+from kdagen.ir.tile_cost import bytes_a_token, flops_a_token
 
 SYMBOLS = {"T": "tokens", **{s: s for s in ("N", "N1", "H", "HV", "NC", "NG", "NS", "S", "W")}}
 
@@ -46,9 +46,8 @@ def render(kernel: Kernel, template_folders: Sequence[str | Path] = ()) -> Kerne
         raise ScheduleError(f"no skeleton '{kernel.skeleton}': expected one of {', '.join(known)}") from None
     text = template.render(kernel=kernel, symbols=_symbols(kernel), shape=_shape, named=named)
     params = tuple(TensorSpec(_spec_name(b), b.shape, b.dtype, b.role) for b in kernel.params)
-    return KernelSource(
-        kernel.name, kernel.family, text, params, kernel.threads, kernel.shared_bytes, bytes_a_token(kernel)
-    )
+    costs = bytes_a_token(kernel), flops_a_token(kernel)
+    return KernelSource(kernel.name, kernel.family, text, params, kernel.threads, kernel.shared_bytes, *costs)
 
 
 def _spec_name(buffer: Buffer) -> str:

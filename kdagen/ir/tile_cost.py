@@ -17,6 +17,11 @@ def chunk_flops(kernel: Kernel) -> int:
     return products * _tiles(kernel)
 
 
+def flops_a_token(kernel: Kernel) -> float:
+    """The same a token of a head; of kernels without chunks none are counted."""
+    return chunk_flops(kernel) / kernel.chunk_size if kernel.chunk_size else 0.0
+
+
 def bytes_a_token(kernel: Kernel) -> float:
     """Bytes between memory and chip a token and head, for whole chunks; a sequence's first and last state left out.
 

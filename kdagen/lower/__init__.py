@@ -11,7 +11,7 @@ from kdagen.ir.tile import Gemm, Kernel, verify
 from kdagen.lower.decay import factored_rows
 from kdagen.lower.prepare import argument_buffers, lower_prepare
 from kdagen.lower.rows import lower_index
-from kdagen.lower.scan import SPECIALISED, lower_output, lower_scan
+from kdagen.lower.scan import PLAIN, SPECIALISED, lower_output, lower_scan
 from kdagen.lower.split import LONGEST, lower_split
 from kdagen.lower.warps import divides
 from kdagen.lower.workspace import Workspace
@@ -99,6 +99,10 @@ def _check_scan(schedule: Schedule, target: Target) -> None:
         raise ScheduleError(
             f"scan_skeleton '{SPECIALISED}' needs wgmma, which {target.name} lacks: expected scan_pipelined"
         )
+    if (
+        schedule.scan_skeleton == PLAIN and schedule.stages > 1
+    ):  # without a producer, TileLang counts what is on its way
+        raise ScheduleError(f"stages {schedule.stages}: in '{PLAIN}' all warps fetch, one chunk ahead: expected 1")
     if schedule.output not in ("fused", "split"):
         raise ScheduleError(f"output '{schedule.output}': expected 'fused' or 'split'")
 

@@ -31,6 +31,7 @@ from kdagen.schedule import Schedule
 EVERY = Buffer("every", (), "int32", "global", "scalar")  # chunks from one returned state to the next
 STARTS = "starts_w"  # the state before each segment, where sequences are split
 OCTET = 8
+PLAIN = "scan_plain"  # whose warps are all alike
 SPECIALISED = "scan_specialised"  # skeletons of this name have asynchronous products
 
 

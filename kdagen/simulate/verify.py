@@ -147,6 +147,7 @@ def built_source(folder: str | Path) -> OpSource:
             threads=report["block"][0],
             shared_bytes=report["shared_bytes"],
             bytes_a_token=launch["bytes_a_token"],
+            flops_a_token=launch.get("flops_a_token", 0.0),
         )
 
     return OpSource(

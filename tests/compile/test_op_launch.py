@@ -3,6 +3,8 @@
 What KDA's kernels are launched on is tested where they are built, in test_build_command.py.
 """
 
+from pathlib import Path
+
 import mock_driver
 import pytest
 from mock_driver import ops
@@ -33,6 +35,23 @@ print(*(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in kept.items()))
 found = op.launch(given | kept, "backward")
 print(*(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in op.gradients(found).items()), sep=", ")
 print(*launched(), sep="\\n")
+"""
+SEGMENTS = """
+import simulated_gpu
+import gpu_overlap
+from kdagen import zoo
+from kdagen.autotune import launches
+from kdagen.build.builder import build_cached
+from kdagen.pipeline import compile_op
+open_libraries = loader.LoadedOp.functions
+faked = lambda function: lambda *given: on_gpu(function, given)
+loader.LoadedOp.functions = lambda self: {name: faked(f) for name, f in open_libraries(self).items()}
+op = loader.load_op(build_cached(compile_op(zoo.get("linear_attention"), 64)))
+given = launches.arguments(op, (1, 256, 3))
+for way in (gpu_overlap.in_turn, gpu_overlap.side_by_side):
+    with simulated_gpu.streams(type("Patch", (), {"setattr": staticmethod(setattr)})):
+        way(op)(gpu_overlap.cut(op, given, 2))
+    print(*launched(), sep=", ")
 """
 
 
@@ -82,3 +101,12 @@ def test_both_passes_of_training_launch_their_kernels_in_order(mock, cache, tmp_
     grids = {name: line.split()[1] for name, line in zip(names, launched)}
     assert grids["index"] == f"grid={sequences},1,1"
     assert (grids["prepare"], grids["gradients"]) == (f"grid={chunks},6,1", f"grid={segments},6,1")
+
+
+def test_segments_of_a_sequence_are_calls_of_the_same_kernels(mock, cache, tmp_path):
+    """benchmarks/gpu_overlap.py: each of 128 tokens in chunks of 32, prepared ahead of its scan."""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    lines = ops.run(mock, f"sys.path.insert(0, {str(benchmarks)!r})\n{SEGMENTS}", tmp_path, KDAGEN_CACHE_DIR=str(cache))
+    kernels = ["index grid=1,1,1", "prepare grid=5,3,1", "scan grid=1,3,1"]
+    expected = ", ".join(f"linear_attention_{kernel}" for kernel in kernels * 2)
+    assert lines == [expected, expected]

@@ -26,6 +26,7 @@ CASES = [
         "split: to carry a state of 256 keys a block needs 84 KiB of shared memory, gfx942 has 64: expected split 0",
     ),
     ({"arch": "sm80", "schedule": {"stages": 2}}, "stages 2: sm80 has no TMA, expected 1"),
+    ({"schedule": {"scan_skeleton": "scan_plain"}}, "stages 2: in 'scan_plain' all warps fetch, one chunk ahead: "),
     ({"arch": "sm80", "schedule": {"scan_skeleton": "scan_specialised"}}, "needs wgmma, which sm80 lacks"),
     ({"dtype": "float32"}, "dtype 'float32' has no kernels: expected bfloat16 or float16"),
     ({"gate_dtype": "int8"}, "gate_dtype 'int8': expected bfloat16, float16 or float32"),

@@ -65,6 +65,10 @@ def test_automatic_specialisation_has_no_race(name, arch):
     check(zoo.get(name), shape=(1, 70, 1), arch=arch, seeds=range(4))
 
 
+def test_a_scan_whose_warps_are_all_alike():
+    check(zoo.get("kda"), shape=(1, 70, 1), seeds=range(1), schedule={"scan_skeleton": "scan_plain", "stages": 1})
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64])
 def test_few_chunks_race_free(tokens):
     check(zoo.get("kda"), shape=(1, tokens, 1), seeds=range(4))

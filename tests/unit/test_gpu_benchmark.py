@@ -1,8 +1,11 @@
-"""benchmarks/gpu.py without a GPU: what it reads of built folders, what it would do, checks and reckons."""
+"""benchmarks/gpu.py without a GPU: what it reads of built folders, what it would do, checks and reckons.
+
+How its stages are resumed, bounded and kept apart is tested in test_gpu_benchmark_stages.py.
+"""
 
 import json
-import math
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +16,13 @@ import torch
 from click.testing import CliRunner
 from kdagen.autotune import cases
 from kdagen.autotune.devices import clock
+from kdagen.autotune.pool import FATAL, WorkerDied
 
 import kdagen as kg
+from kdagen.errors import LaunchError
 from kdagen.pipeline import compile_decode, compile_op, compile_training
 from kdagen.runtime import loader
+from kdagen.state import DEFAULT, StateType
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHAPE = (1, 600, 3)  # longer than what is drawn
@@ -38,7 +44,7 @@ def folder(tmp_path_factory):
         packages.write(place / "default", compile_op(kg.load(name)), place)
         packages.write(place / "default", compile_training(kg.load(name)), place)
         packages.write(place / "default", compile_decode(kg.load(name)), place)
-    packages.write(place / "chunk16", compile_op(kg.load("gated_deltanet"), schedule={"chunk_size": 16}), place)
+    packages.write(place / "short", compile_op(kg.load("gated_deltanet"), schedule={"chunk_size": 16}), place)
     for name in ("gated_deltanet", "kda_softplus"):
         keeping = compile_training(kg.load(name), schedule={"keep": "inputs"})
         packages.write(place / "keep_inputs", keeping, place)
@@ -65,8 +71,8 @@ def test_a_dry_run_prints_what_would_be_measured(folder):
     *lines, end = dry_run(folder, "--purpose", "inference", *words)
     assert len(lines) == 4 and end[:2] == ["2", "cases;"]
     assert [line[:7] for line in lines[:2]] == [
-        ["gated_deltanet", "1", "8192", "12", "inference", "mild", "chunk16"],
         ["gated_deltanet", "1", "8192", "12", "inference", "mild", "default"],
+        ["gated_deltanet", "1", "8192", "12", "inference", "mild", "short"],
     ]
     assert all("1,028" in line and "chunk_gated_delta_rule" in line for line in lines)  # 4 x 128 x 2 + 2 x 2 bytes
 
@@ -83,7 +89,7 @@ def test_training_is_of_the_kernels_that_train(folder):
 def test_both_purposes_are_measured_unless_one_is_chosen(folder):
     *lines, _ = dry_run(folder, "--ops", "linear_attention", "--tokens", "64", "--gates", "mild", "--quick")
     assert [line[4] for line in lines] == ["inference", "training", *["decode"] * 3]
-    assert [line[1:4] for line in lines[2:]] == [[batch, "1", "32"] for batch in ("1", "32", "256")]
+    assert [line[1:4] for line in lines[2:]] == [[batch, "1", "32"] for batch in ("64", "1", "256")]
 
 
 def test_ops_that_were_not_built_are_named(folder):
@@ -114,7 +120,7 @@ def test_without_a_gpu_it_says_so(folder, monkeypatch):
     assert result.exit_code == 1 and "no GPU here: --dry-run shows" in result.output
 
 
-RIGHT = {"out": (2e-3, 5e-3)}
+RIGHT = {"ok": True, "reason": "", "errors": {"out": [2e-3, 5e-3]}}
 
 
 @pytest.fixture
@@ -122,9 +128,12 @@ def machine(monkeypatch):
     """A GPU on which every contender takes as many ms as its label has letters, and computes nothing."""
     import gpu
     import gpu_contenders
+    import gpu_correct
+    import gpu_session
     import gpu_timing
+    import gpu_work
 
-    def measure(calls, sets, rounds, mode):
+    def measure(calls, sets, rounds, mode, mark=None):
         for call in calls.values():
             call(sets[0])
         return {label: gpu_timing.Times(len(label), len(label) - 1, len(label) + 1, 1, rounds) for label in calls}
@@ -133,18 +142,43 @@ def machine(monkeypatch):
     functions = lambda self: {  # noqa: E731
         k["name"]: lambda *tensors, name=k["name"]: launched.append((name, tensors)) for k in self.plan["kernels"]
     }
-    facts = {"gpu": "a GPU", "l2_bytes": 0, "state": {}}
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
     monkeypatch.setattr(loader.LoadedOp, "functions", functions)
-    monkeypatch.setattr(gpu_contenders, "check_kernels", lambda *_: RIGHT)
-    for work in gpu.WORK.values():
-        monkeypatch.setattr(work, "check_peer", lambda *_: RIGHT)
+    monkeypatch.setattr(gpu_correct, "check", lambda *_: RIGHT)
+    for work in gpu_work.WORK.values():
+        monkeypatch.setattr(work, "check_peer", lambda *_: {"out": (2e-3, 5e-3)})
     monkeypatch.setattr(gpu_timing, "measure", measure)
     monkeypatch.setattr(gpu_timing, "peak_bytes", lambda call, given: 12345)
-    monkeypatch.setattr(gpu_timing, "facts", lambda: facts)
+    monkeypatch.setattr(gpu_timing, "facts", lambda: dict(FACTS))
+    monkeypatch.setattr(gpu_timing, "state", dict)
     monkeypatch.setattr(gpu_timing, "ceilings", lambda: {"copy_bytes_a_second": 1e9, "bf16_flops_a_second": 1e12})
     monkeypatch.setattr(gpu_contenders, "peer", lambda *_: Slow())
+    monkeypatch.setattr(gpu_session, "GpuWorker", Here)
     return gpu, launched
+
+
+FACTS = {
+    "date": "2026-01-02T03:04:05+00:00", "gpu": "A made-up GPU", "multiprocessors": 7, "l2_bytes": 0, "state": {},
+    "versions": {},
+}  # fmt: skip
+
+
+class Here:
+    """gpu_work.py in this process."""
+
+    def __init__(self, folders):
+        import gpu_work
+
+        self.bench = gpu_work.Bench(folders, lambda label: None)
+
+    def ask(self, request, timeout, say=None):
+        reply = json.loads(self.bench.answer(json.loads(json.dumps(request))))
+        if reply.get("error") in FATAL:
+            raise WorkerDied(reply["error"], reply["reason"], reply["running"])
+        return reply
+
+    def end(self):
+        pass
 
 
 class Slow:
@@ -156,24 +190,35 @@ class Slow:
         return 2 * given["v"], None
 
 
-def case(
-    benchmark, folder, op: str, purpose: str, tokens: int = SHAPE[1], heads: int = SHAPE[2], gate: str = "mild", batch=1
-):
-    (only,) = benchmark.cases([folder], [purpose], [op], [gate], batch, [tokens], [heads], False)
+def case(folder, op: str, purpose: str, tokens: int = SHAPE[1], heads: int = SHAPE[2], gate: str = "mild", batch=1):
+    import gpu_cases
+
+    (only,), none = gpu_cases.cases([folder], [purpose], [op], [gate], batch, [tokens], [heads], False)
+    assert not none
     return only
 
 
-def measured(benchmark, todo, out) -> dict:
+def run(benchmark, folder, todo, out, seconds=100.0) -> dict:
+    """The JSON file."""
+    import gpu_cases
+
+    session = benchmark.Session([folder], out, time.monotonic() + seconds, worker=Here)
+    benchmark.run(session, ["time"], {"time": gpu_cases.time_units(todo, ["device"], 7)})
+    return json.loads(session.results.path.read_text())
+
+
+def measured(benchmark, folder, todo, out) -> dict:
     """Rows of the JSON file by contender and part."""
-    benchmark.run(todo, ["device"], 7, 100.0, out)
-    return {(row["contender"], row["part"]): row for row in json.loads(out.read_text())["measured"]}
+    records = [r for r in run(benchmark, folder, todo, out)["records"] if r["stage"] == "time"]
+    assert records and all("failed" not in record for record in records), records
+    return {(row["contender"], row["part"]): row for record in records for row in record["figures"]["rows"]}
 
 
 def test_figures_are_ratios_of_one_run(folder, machine, tmp_path):
     benchmark, launched = machine
-    found = measured(benchmark, [case(benchmark, folder, "gated_deltanet", "inference")], tmp_path / "out.json")
+    found = measured(benchmark, folder, [case(folder, "gated_deltanet", "inference")], tmp_path)
     parts = ("", "index", "prepare", "scan")
-    assert set(found) == {(f"kdagen {k}", part) for k in ("chunk16", "default") for part in parts} | {(Slow.label, "")}
+    assert set(found) == {(f"kdagen {k}", part) for k in ("short", "default") for part in parts} | {(Slow.label, "")}
     row, tokens = found["kdagen default", ""], SHAPE[1] * SHAPE[2]
     assert row["times_faster_than_fla"] == len(Slow.label) / len("kdagen default")
     assert row["floor_ms"] == pytest.approx(1e3 * 1028 * tokens / 1e9)
@@ -190,8 +235,8 @@ def test_figures_are_ratios_of_one_run(folder, machine, tmp_path):
 
 def test_training_is_forward_and_backward(folder, machine, tmp_path):
     benchmark, launched = machine
-    todo = [case(benchmark, folder, "gated_deltanet", "training", gate="bounded")]
-    found = measured(benchmark, todo, tmp_path / "out.json")
+    todo = [case(folder, "gated_deltanet", "training", gate="bounded")]
+    found = measured(benchmark, folder, todo, tmp_path)
     passes = ("", "forward", "backward")
     kernels = {"default": ["index", "prepare", "scan", "reverse", "gradients"]}
     kernels["keep_inputs"] = [*kernels["default"], "replay"]
@@ -215,21 +260,22 @@ def test_training_is_forward_and_backward(folder, machine, tmp_path):
 
 def test_a_parameter_that_is_a_sum_over_sequences(folder, machine, tmp_path):
     benchmark, _ = machine
-    found = measured(benchmark, [case(benchmark, folder, "kda_softplus", "training", 64)], tmp_path / "out.json")
+    found = measured(benchmark, folder, [case(folder, "kda_softplus", "training", 64)], tmp_path)
     assert found["kdagen keep_inputs", "backward"]["times_faster_than_fla"]
 
 
-def test_ops_as_people_call_them_go_through_autograd(folder, machine, monkeypatch):
+@pytest.mark.usefixtures("machine")
+def test_ops_as_people_call_them_go_through_autograd(folder, monkeypatch):
     """Contender and peer alike: gradients of all arguments that the output depends on, forward outside the clock."""
     import gpu_training
+    import gpu_work
 
-    benchmark, _ = machine
-    only = case(benchmark, folder, "gated_deltanet", "training", 20, 1)
+    only = case(folder, "gated_deltanet", "training", 20, 1)
     monkeypatch.setattr(gpu_training, "called", lambda kernels: Slow())
     calls = gpu_training.calls(only, "eager", Slow())
     labels = ("kdagen default", "kdagen keep_inputs", Slow.label)
     assert list(calls) == [label + part for label in labels for part in ("", ": forward", ": backward")]
-    (given,) = benchmark.inputs(only, 0)
+    (given,) = gpu_work.inputs(only, 0)
     for label in labels:
         d_q, d_k, d_v, *_ = calls[label](given)
         assert d_q is None and torch.equal(d_v, 2 * given["d_out"])
@@ -238,11 +284,10 @@ def test_ops_as_people_call_them_go_through_autograd(folder, machine, monkeypatc
 
 
 def test_a_run_out_of_time_says_what_is_missing(folder, machine, tmp_path):
-    benchmark, _ = machine
-    todo = [case(benchmark, folder, "linear_attention", "inference", 64, 1)]
-    assert benchmark.run(todo, ["device"], 1, -1.0, tmp_path / "out.json")[0] == []
-    left = json.loads((tmp_path / "out.json").read_text())["not_reached"]
-    assert left == ["linear_attention, inference, mild gates, B = 1, T = 64, H = 1"]
+    found = run(machine[0], folder, [case(folder, "linear_attention", "inference", 64, 1)], tmp_path, 1.0)
+    assert found["records"] == []
+    name = "time: linear_attention, inference, mild gates, B = 1, T = 64, H = 1"
+    assert found["left"][-1] == f"{name}: no time"
 
 
 def test_a_case_that_is_too_large_is_left_out(folder, machine, monkeypatch, tmp_path):
@@ -251,51 +296,54 @@ def test_a_case_that_is_too_large_is_left_out(folder, machine, monkeypatch, tmp_
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    benchmark, _ = machine
     monkeypatch.setattr(gpu_timing, "measure", full)
-    todo = [case(benchmark, folder, "linear_attention", p, 64, 1) for p in ("inference", "training")]
-    benchmark.run(todo, ["device"], 1, 100.0, tmp_path / "out.json")
-    left = json.loads((tmp_path / "out.json").read_text())["not_reached"]
-    assert len(left) == 2 and left[1].endswith("H = 1: CUDA out of memory. Tried to allocate 2 GiB")
+    todo = [case(folder, "linear_attention", p, 64, 1) for p in ("inference", "decode")]
+    found = run(machine[0], folder, todo, tmp_path)
+    failed = [record["failed"] for record in found["records"] if record["stage"] == "time"]
+    assert failed == ["out of memory: CUDA out of memory. Tried to allocate 2 GiB"] * 2
 
 
 @pytest.mark.parametrize("purpose", ["inference", "training"])
 def test_kernels_that_are_off_are_not_timed_and_are_named(folder, machine, monkeypatch, tmp_path, purpose):
-    benchmark, _ = machine
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    other = {"inference": "chunk16", "training": "keep_inputs"}[purpose]
-    off = {"out": (1e-3, 5e-3), "d_q": (math.nan, 8e-3)}
+    import gpu_correct
+
+    other = {"inference": "short", "training": "keep_inputs"}[purpose]
+    off = {"ok": False, "reason": "d_q is off by 0.3", "errors": {"out": [1e-3, 5e-3], "d_q": [0.3, 8e-3]}}
     check = lambda op, kernels: off if kernels.folder.parts[-3] == other else RIGHT  # noqa: E731
-    monkeypatch.setattr(benchmark.contenders, "check_kernels", check)
-    words = ["--ops", "gated_deltanet", "--tokens", "64", "--heads", "1", "--out", tmp_path / "out.json"]
-    result = invoke(folder, "--purpose", purpose, *words)
-    assert f"Error: off against float64, so not timed: gated_deltanet {other} ({purpose}): d_q nan" in result.output
+    monkeypatch.setattr(gpu_correct, "check", check)
+    words = ["--ops", "gated_deltanet", "--tokens", "64", "--heads", "1", "--out", tmp_path]
+    result = invoke(folder, "--purpose", purpose, "--stages", "correct,time", "--gates", "mild", *words)
+    assert f"off against float64, so not timed: gated_deltanet, {purpose}, {other}: d_q is off" in result.output
     assert result.exit_code == 1
-    timed = {row["contender"] for row in json.loads((tmp_path / "out.json").read_text())["measured"]}
+    (record,) = (r for r in json.loads(next(tmp_path.glob("*.json")).read_text())["records"] if r["stage"] == "time")
+    timed = {row["contender"] for row in record["figures"]["rows"]}
     assert "kdagen default" in timed and f"kdagen {other}" not in timed
+    assert record["left_out"] == {other: "d_q is off by 0.3"}
 
 
-@pytest.mark.parametrize("purpose", ["inference", "training"])
-def test_a_launch_that_fails_is_not_timed(folder, machine, monkeypatch, capsys, purpose):
-    benchmark, _ = machine
-    only = case(benchmark, folder, "linear_attention", purpose, 64, 1)
+def test_a_launch_that_fails_is_not_timed(folder, machine, monkeypatch, tmp_path):
+    import gpu_correct
 
     def fail(*_):
-        raise benchmark.LaunchError("linear_attention_scan: cuLaunchKernel failed")
+        raise LaunchError("linear_attention_scan: cuLaunchKernel failed")
 
-    monkeypatch.setattr(benchmark.contenders, "check_kernels", fail)
-    errors = benchmark.check(purpose, only.op, only.kernels)
-    assert math.isnan(errors["default"]["launch"][0]) and not benchmark.sound(only, errors).kernels
-    assert "linear_attention default: linear_attention_scan: cuLaunchKernel failed" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_correct, "check", fail)
+    found = run(machine[0], folder, [case(folder, "linear_attention", "inference", 64, 1)], tmp_path)
+    (record,) = found["records"]
+    assert record["failed"] == "device error: linear_attention_scan: cuLaunchKernel failed"
+    assert found["left"][0].endswith("no kernels that are right")
 
 
-def test_a_peer_that_is_off_or_does_not_run_is_left_out(folder, machine, monkeypatch, capsys):
-    benchmark, _ = machine
-    only = case(benchmark, folder, "linear_attention", "training", 64, 1)
-    for found, expected in ((lambda *_: {"d_q": (0.3, 5e-2)}, None), (lambda *_: 1 / 0, None)):
-        monkeypatch.setattr(benchmark.WORK["training"], "check_peer", found)
-        assert benchmark.comparable(only, benchmark.check("training", only.op, only.kernels)) is expected
-    assert "does not run here: ZeroDivisionError" in capsys.readouterr().out
+@pytest.mark.parametrize("peer", [lambda *_: {"d_q": (0.3, 5e-2)}, lambda *_: 1 / 0], ids=["off", "does not run"])
+def test_a_peer_that_is_off_or_does_not_run_is_left_out(folder, machine, monkeypatch, tmp_path, peer):
+    import gpu_training
+
+    monkeypatch.setattr(gpu_training, "check_peer", peer)
+    todo = [case(folder, "linear_attention", "training", 64, 1)]
+    found = run(machine[0], folder, todo, tmp_path)["records"]
+    words = "does not run here: ZeroDivisionError: division by zero", "d_q is off by 3.0e-01"
+    assert found[-1]["left_out"]["peer"] in words
+    assert {row["contender"] for row in found[-1]["figures"]["rows"]} == {"kdagen default"}
 
 
 @pytest.fixture(scope="module")
@@ -325,44 +373,47 @@ class LinearAttention:
 
 @pytest.mark.parametrize("purpose", ["inference", "training", "decode"])
 def test_contenders_are_checked_against_the_recurrence(small, monkeypatch, purpose):
-    import gpu
     import gpu_contenders
+    import gpu_correct
+    import gpu_work
 
     simulated_gpu.install(monkeypatch)
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "CHECKED", (2, 40, 1))
+    monkeypatch.setattr(gpu_work, "CHECKED", (2, 40, 1))
+    monkeypatch.setattr(gpu_correct, "SHAPES", dict.fromkeys(gpu_correct.SHAPES, (1, 20, 2)) | {"decode": (2, 1, 1)})
+    monkeypatch.setattr(gpu_correct, "REPLAYS", 2)
     monkeypatch.setattr(cases, "SHORT", (7, 1, 20))
     monkeypatch.setattr(cases, "LONG", (33,))
-    only = case(gpu, small, "linear_attention", purpose)
+    only = case(small, "linear_attention", purpose)
     peers = {"out", "final_state"} | ({"d_q", "d_k", "d_v"} if purpose == "training" else set())
     ours = (
         {"out", "state_pool"}
         if purpose == "decode"
         else peers | ({"d_initial_state"} if purpose == "training" else set())
     )
-    monkeypatch.setattr(gpu_contenders, "peer", lambda *_: LinearAttention())
-    errors = gpu.check(purpose, only.op, only.kernels)
-    assert set(errors[LinearAttention.label]) == peers and set(errors["default"]) == ours
-    assert all(0 < error <= most for error, most in errors["default"].values())
-    assert gpu.comparable(only, errors).label == LinearAttention.label
-    found = gpu.check_peer(gpu.WORK[purpose], only.op, LinearAttention(1.1), only.first)
-    assert gpu.comparable(only, {LinearAttention.label: found}) is None
+    found = gpu_correct.check(only.op, only.first)
+    assert found["ok"] and found["replays"] == found["graphs"] == 2 and set(found["errors"]) == ours
+    assert all(0 < error <= most for error, most in found["errors"].values())
+    work = gpu_work.WORK[purpose]
+    found = gpu_work.check_peer(work, only.op, LinearAttention(), only.first)
+    assert found["ok"] and set(found["errors"]) == peers
+    assert not gpu_work.check_peer(work, only.op, LinearAttention(1.1), only.first)["ok"]
 
 
 @pytest.mark.parametrize("lengths", [(), (9, 0, 13)], ids=["batch", "ragged"])
 @pytest.mark.parametrize("purpose", ["inference", "training"])
 def test_what_is_timed_computes_what_was_checked(small, monkeypatch, purpose, lengths):
     """Bare launches on their own workspaces leave the results that a launch gives."""
-    import gpu
     import gpu_contenders
+    import gpu_work
 
     simulated_gpu.install(monkeypatch)
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
-    only = case(gpu, small, "linear_attention", purpose, 20, 1)
+    only = case(small, "linear_attention", purpose, 20, 1)
     if lengths:
         only = replace(only, shape=(1, sum(lengths), 1), lengths=lengths)
-    (given,), kernels = gpu.inputs(only, 0), only.kernels["default"]
-    gpu.WORK[purpose].calls(only, "device", None)["kdagen default"](given)
+    (given,), kernels = gpu_work.inputs(only, 0), only.kernels["default"]
+    gpu_work.WORK[purpose].calls(only, "device", None)["kdagen default"](given)
     made = kernels.launch(given["arguments"])
     names = [kernels.by_role["out"]]
     if purpose == "training":
@@ -375,16 +426,16 @@ def test_what_is_timed_computes_what_was_checked(small, monkeypatch, purpose, le
 
 
 def test_decoding_is_timed_in_place(small, monkeypatch):
-    import gpu
     import gpu_contenders
+    import gpu_work
 
     simulated_gpu.install(monkeypatch)
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
-    only = case(gpu, small, "linear_attention", "decode", heads=2, batch=3)
+    only = case(small, "linear_attention", "decode", heads=2, batch=3)
     assert only.shape == (3, 1, 2)
-    (given,), kernels = gpu.inputs(only, 0), only.first
+    (given,), kernels = gpu_work.inputs(only, 0), only.first
     before = given["states"].clone()
-    calls = gpu.WORK["decode"].calls(only, "device", LinearAttention())
+    calls = gpu_work.WORK["decode"].calls(only, "device", LinearAttention())
     calls["kdagen default"](given)
     made = kernels.launch({**given["arguments"], "state_pool": before}, "decode")
     assert torch.equal(made["o_out"].flatten(0, 1), given["default"]["o_out"])
@@ -394,8 +445,8 @@ def test_decoding_is_timed_in_place(small, monkeypatch):
 
 def test_the_bandwidth_of_decoding_is_of_states_read_and_written(folder, machine, tmp_path):
     benchmark, launched = machine
-    only = case(benchmark, folder, "gated_deltanet", "decode", heads=5, batch=4)
-    row = measured(benchmark, [only], tmp_path / "out.json")["kdagen default", ""]
+    only = case(folder, "gated_deltanet", "decode", heads=5, batch=4)
+    row = measured(benchmark, folder, [only], tmp_path)["kdagen default", ""]
     states = 2 * 4 * 5 * 128 * 128 * 4
     tokens = 4 * 5 * (4 * 128 * 2 + 2 * 2)
     assert row["floor_ms"] == pytest.approx(1e3 * (states + tokens) / 1e9)
@@ -403,28 +454,62 @@ def test_the_bandwidth_of_decoding_is_of_states_read_and_written(folder, machine
     assert {name for name, _ in launched} == {"gated_deltanet_decode"}
 
 
+def test_states_of_another_type_have_a_floor_of_their_own(folder, machine, tmp_path):
+    small = StateType("KV", "bfloat16")
+    place = tmp_path / "ops"
+    for name, state in (("default", DEFAULT), ("state_bf16", small)):
+        packages.write(place / name, compile_decode(kg.load("linear_attention"), 64, state=state), tmp_path)
+    found = measured(machine[0], place, [case(place, "linear_attention", "decode", heads=2, batch=4)], tmp_path)
+    floors = [found[f"kdagen {label}", ""]["floor_ms"] for label in ("default", "state_bf16")]
+    assert floors[0] - floors[1] == pytest.approx(1e3 * 2 * 4 * 2 * 64 * 64 * 2 / 1e9)
+
+
+def test_types_of_states_are_timed_in_decoding_alone():
+    import gpu_cases
+
+    built = dict.fromkeys(("chunk32", "default", "keep_all", "state_vk"))
+    assert list(gpu_cases.timed("decode", built)) == ["default", "keep_all", "state_vk"]
+    assert list(gpu_cases.timed("inference", built)) == ["default", "keep_all"]
+    assert list(gpu_cases.timed("inference", {"chunk32": None})) == ["chunk32"]
+
+
 def test_ragged_batches_are_measured_too(folder, machine, tmp_path):
     benchmark, launched = machine
-    todo = benchmark.cases([folder], ["inference"], ["linear_attention"], ["mild"], None, [], [], True)
+    import gpu_cases
+
+    todo, _ = gpu_cases.cases([folder], ["inference"], ["linear_attention"], ["mild"], None, [], [], True)
     (ragged,) = (c for c in todo if c.lengths)
     assert ragged.shape == (1, 8192, 64) and len(ragged.lengths) == 6
     assert str(ragged) == "linear_attention, inference, mild gates, B = 1, T = 8192 in 6 sequences, H = 64"
     assert ragged.peer is None and todo[0].peer  # that one takes no cu_seqlens
     small = replace(ragged, shape=(1, 20, 1), lengths=(13, 0, 7))
-    row = measured(benchmark, [small], tmp_path / "out.json")["kdagen default", ""]
+    row = measured(benchmark, folder, [small], tmp_path)["kdagen default", ""]
     assert row["lengths"] == [13, 0, 7]
     index = next(given for name, given in launched if name.endswith("index"))
     assert index[0].tolist() == [0, 13, 13, 20] and index[0].dtype == torch.int32
 
 
-def test_shapes_that_are_chosen_are_measured_alone():
-    import gpu
+def test_shapes_that_are_chosen_are_measured_alone(folder):
+    import gpu_cases
 
-    assert gpu.shapes("inference", 2, [64], [], False) == [((2, 64, 64), ())]
-    assert gpu.shapes("decode", None, [], [12], False) == [((b, 1, 12), ()) for b in (1, 32, 256)]
-    assert gpu.shapes("decode", 8, [], [], True) == [((8, 1, 32), ())]
-    assert [b for (b, _, h), _ in gpu.shapes("decode", None, [], [], False) if h == 32] == [2**i for i in range(9)]
-    assert [sum(lengths) for _, lengths in gpu.shapes("training", None, [], [], False) if lengths] == [8192] * 3
+    assert gpu_cases.shapes("inference", 2, [64], [], False) == [((2, 64, 64), ())]
+    assert gpu_cases.shapes("decode", None, [], [12], False) == [((b, 1, 12), ()) for b in (1, 32, 256)]
+    assert gpu_cases.shapes("decode", 8, [], [], True) == [((8, 1, 32), ())]
+    decoded = [b for (b, _, h), _ in gpu_cases.shapes("decode", None, [], [], False) if h == 32]
+    assert sorted(decoded) == [2**i for i in range(9)] and decoded[0] == 64
+    assert [sum(lengths) for _, lengths in gpu_cases.shapes("training", None, [], [], False) if lengths] == [8192] * 4
+
+
+def test_what_matters_most_comes_first(folder):
+    import gpu_cases
+
+    asked = [folder], ["inference", "decode"], ["gated_deltanet", "linear_attention"], ["mild", "bounded"]
+    first, more = gpu_cases.cases(*asked, None, [], [], False)
+    assert [(c.shape, c.gate) for c in first[:8:2]] == [
+        ((1, 8192, 64), "mild"), ((1, 8192, 96), "mild"), ((1, 8192, 12), "mild"), ((1, 8192, 64), "mild")
+    ]  # fmt: skip
+    assert {c.gate for c in first[16:]} == {"bounded"} and len(first) == 2 * 2 * 2 * gpu_cases.FIRST
+    assert {c.gate for c in more} == {"mild"} and len(more) == 2 * 2 * (gpu_cases.OTHERS - gpu_cases.FIRST)
 
 
 def test_packed_decoding_has_a_package_for_each_type_of_states():
