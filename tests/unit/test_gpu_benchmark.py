@@ -145,6 +145,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
     monkeypatch.setattr(loader.LoadedOp, "functions", functions)
     monkeypatch.setattr(gpu_correct, "check", lambda *_: RIGHT)
+    monkeypatch.setattr(gpu_work, "CHECKED", (1, 4, 1))
     for work in gpu_work.WORK.values():
         monkeypatch.setattr(work, "check_peer", lambda *_: {"out": (2e-3, 5e-3)})
     monkeypatch.setattr(gpu_timing, "measure", measure)
