@@ -91,7 +91,7 @@ def option(name: str, default, known=(), more: str = ""):
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @option("--stages", cases.STAGES, cases.STAGES)
 @option("--purpose", cases.PURPOSES, cases.PURPOSES)
-@option("--ops", cases.OPS, more="Entries of the zoo that are timed, comma-separated.")
+@option("--ops", (), more=f"Entries of the zoo that are timed.  [default: {','.join(cases.OPS)}, as they were built]")
 @option("--gates", cases.GATES, cases.GATES)
 @option("--tokens", (), more="Lengths; 8192 if only --heads is given.  [default: fourteen shapes and four ragged ones]")
 @option("--heads", (), more="Head counts; 64 if only --tokens is given.")
@@ -139,7 +139,8 @@ def report(results: Results, units: dict[str, list[Unit]]) -> None:
     console.print(table([row for record in records for row in record.get("figures", {}).get("rows", [])]))
     every = [unit for found in units.values() for unit in found]
     done = sum(results.find(unit) is not None for unit in every)
-    console.print(f"\n{results.path}: {done} of {len(every)} units are done; the same command again does the rest")
+    rest = "; the same command again does the rest" if done < len(every) else ""
+    console.print(f"\n{results.path}: {done} of {len(every)} units are done{rest}")
     if off := wrong(results, units.get("correct", [])):
         raise click.ClickException(f"off against float64, so not timed: {'; '.join(off)}")
 

@@ -38,8 +38,11 @@ OTHERS = 6
 
 
 def cases(folders, purposes, ops, gates, batch: int | None, tokens, heads, quick: bool) -> tuple[list, list]:
-    """Every op that was built at the shapes that matter most, and then the rest; all of them where they are chosen."""
-    built = {(p, op): timed(p, contenders.built(folders, op, p)) for p, op in product(purposes, ops)}
+    """Every op at the shapes that matter most, and then at the rest; where they are chosen, at all of these at once.
+
+    Ops that are named must be built for all purposes; where none are, those of OPS are taken that are.
+    """
+    built = {(p, op): timed(p, contenders.built(folders, op, p)) for p, op in product(purposes, ops or OPS)}
     for purpose in purposes:
         if missing := [op for op in ops if not built[purpose, op]]:
             what = f"not built for {purpose}: {', '.join(missing)}"
@@ -47,7 +50,7 @@ def cases(folders, purposes, ops, gates, batch: int | None, tokens, heads, quick
     chosen, found = bool(batch or tokens or heads), ([], [])
     for gate, purpose in product(gates, purposes):
         for i, (shape, lengths) in enumerate(shapes(purpose, batch, tokens, heads, quick)):
-            for op in ops:
+            for op in (op for op in ops or OPS if built[purpose, op]):
                 case = Case(op, shape, built[purpose, op], purpose, gate, lengths)
                 if chosen or i < FIRST:
                     found[0].append(case)

@@ -99,6 +99,12 @@ def test_ops_that_were_not_built_are_named(folder):
     assert "not built for training: gla" in result.output
 
 
+def test_unless_ops_are_named_those_that_were_built_are_measured(folder):
+    words = ["--purpose", "inference,training", "--tokens", "2048", "--gates", "mild", "--stages", "time"]
+    *lines, end = dry_run(folder, *words)
+    assert {line[0] for line in lines} == {"gated_deltanet"} and end[:2] == ["2", "cases;"]  # linear attention is none
+
+
 def test_a_folder_without_ops_is_refused(tmp_path):
     result = invoke(tmp_path, "--dry-run")
     assert f"no built ops in {tmp_path}" in str(result.exception)
@@ -145,6 +151,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(gpu_contenders, "DEVICE", "cpu")
     monkeypatch.setattr(loader.LoadedOp, "functions", functions)
     monkeypatch.setattr(gpu_correct, "check", lambda *_: RIGHT)
+    monkeypatch.setattr(gpu_work, "CHECKED", (1, 4, 1))
     for work in gpu_work.WORK.values():
         monkeypatch.setattr(work, "check_peer", lambda *_: {"out": (2e-3, 5e-3)})
     monkeypatch.setattr(gpu_timing, "measure", measure)

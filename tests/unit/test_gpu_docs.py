@@ -126,11 +126,18 @@ def test_pages_are_of_the_last_file_of_each_gpu(tmp_path, monkeypatch):
 SMALL = {"ops": ("kda",), "purposes": ("inference",)}
 
 
-def test_notes_without_any_measurement_say_so():
+@pytest.fixture
+def no_questions(monkeypatch):
+    import gpu_predicted
+
+    monkeypatch.setattr(gpu_predicted, "EXPERIMENTS", {})
+
+
+def test_notes_without_any_measurement_say_so(no_questions):
     import gpu_notes
 
     made = gpu_notes.text([], **SMALL)
-    lines = [line for line in made.partition("###")[0].splitlines() if line.startswith("| kda, inference")]
+    lines = [line for line in made.splitlines() if line.startswith("| kda, inference")]
     assert len(lines) == 18 and all(gpu_notes.NEVER in line for line in lines)
     assert "Both are predicted, not measured" in made and "floor ms, not measured" in made
     first = next(line for line in lines if "B = 1, T = 8192, H = 64" in line).split(" | ")
@@ -141,14 +148,14 @@ def test_notes_without_any_measurement_say_so():
     assert not re.search(r"\| (reached|missed)", made)
 
 
-def test_notes_have_a_line_for_each_file_of_a_case(tmp_path):
+def test_notes_have_a_line_for_each_file_of_a_case(tmp_path, no_questions):
     import gpu_docs
     import gpu_notes
 
     slow = [timed(row(ms=0.9, faster=1.8))]
     files = [file(tmp_path / "r", "H100-2026-01-01.json", slow), file(tmp_path / "r")]
     made = gpu_notes.text([gpu_docs.Found(path) for path in files], **SMALL)
-    lines = [line.split(" | ") for line in made.partition("###")[0].splitlines() if "B = 1, T = 8192, H = 64 |" in line]
+    lines = [line.split(" | ") for line in made.splitlines() if "B = 1, T = 8192, H = 64 |" in line]
     assert [line[5] for line in lines] == ["0.900", "0.500"] and [line[8] for line in lines] == ["1.80", "3.20"]
     predicted = float(lines[0][3])
     assert float(lines[0][7]) == pytest.approx(0.9 / predicted, abs=0.01) and lines[1][9] == "2026-01-02 |"
@@ -184,7 +191,7 @@ def test_questions_have_a_prediction_beside_what_was_found(tmp_path, monkeypatch
     ]
 
 
-def test_a_gpu_that_was_measured_has_notes_of_its_own(tmp_path):
+def test_a_gpu_that_was_measured_has_notes_of_its_own(tmp_path, no_questions):
     import gpu_docs
     import gpu_notes
 
