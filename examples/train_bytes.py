@@ -129,10 +129,11 @@ def sample(model: KimiLinear, prompt: str, count: int, seed: int) -> str:
 @click.option("--evaluate-every", type=click.IntRange(1), default=50, help="steps")
 @click.option("--save-every", type=click.IntRange(1), default=50, help="steps between checkpoints")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option("--threads", type=click.IntRange(1), help="of the CPU; as many as torch takes")
-def main(out: Path, prompt: str, count: int, device: str, threads: int | None, **options) -> None:
-    if threads:
-        torch.set_num_threads(threads)
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, help="of the CPU; more are faster where nothing else runs"
+)
+def main(out: Path, prompt: str, count: int, device: str, threads: int, **options) -> None:
+    torch.set_num_threads(threads)
     try:
         figure_class()
         processes = Processes.join(device)

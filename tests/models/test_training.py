@@ -214,15 +214,16 @@ def test_evaluation(tmp_path):
 
 def test_what_is_shown():
     """On a terminal a line that lives; elsewhere a line of the first step, of every tenth part and of the last."""
-    figures = {"loss": 1.25, "accuracy": 0.5, "ms": 7.0, "held_out_loss": 0.75}
+    figures = {"loss": 1.25, "accuracy": 0.5, "ms": 7.0}
     said = {}
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
         with Display("run", 30, True, usual, console) as display:
             for step in range(1, 31):
-                display.show(figures | {"step": step})
+                display.show(figures | {"step": step} | ({"held_out_loss": 0.75} if step == 20 else {}))
         said[terminal] = console.file.getvalue()
     assert "30/30" in said[True] and "loss 1.2500, accuracy  50.0%, held out 0.7500, 7 ms" in said[True]
+    assert ["held out" in line for line in said[False].splitlines()] == [False] * 7 + [True] * 4, "the last is kept"
     assert [int(line.split()[2]) for line in said[False].splitlines()] == [1, *range(3, 31, 3)]
 
 

@@ -29,6 +29,7 @@ class Display:
         )
         self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.live)
         self.every = max(1, steps // 10)
+        self.evaluated: dict = {}  # the last figures of what is held out
 
     def __enter__(self):
         self.progress.start()
@@ -40,7 +41,9 @@ class Display:
 
     def show(self, figures: dict, note: str = "") -> None:
         """The figures of a step, live; a line of the first, of every tenth part and of what is noted."""
-        step, said = figures["step"], ", ".join(filter(None, (self.say(figures), f"{figures['ms']:.0f} ms", note)))
+        self.evaluated |= {name: x for name, x in figures.items() if name.startswith("held_out")}
+        step, words = figures["step"], (self.say(self.evaluated | figures), f"{figures['ms']:.0f} ms", note)
+        said = ", ".join(filter(None, words))
         self.progress.update(self.bar, completed=step, said=said)
         if not self.live and (step in (1, self.steps) or step % self.every == 0 or note):
             self.console.print(f"{self.title}  step {step} of {self.steps}: {said}", highlight=False, soft_wrap=True)
