@@ -59,9 +59,9 @@ class Writer:
             raise Unlike(f"{name} has hooks")
         return module
 
-    def child(self, parent, name: str, kind: type):
+    def child(self, parent, name: str, kind: type, called: str = ""):
         """A child of a module, if it is plain."""
-        return self.plain(self.seen.entry(parent._modules, name), kind, name)
+        return self.plain(self.seen.entry(parent._modules, name), kind, called or name)
 
     def tensor(self, module, name: str, *shape: int, dtypes: tuple = KEPT):
         """A parameter or buffer of this shape, if it may be read where it is."""
