@@ -102,11 +102,8 @@ class Writer:
         new = [self.function("product"), *at(x), address(weight), out, inner, *at(y), add]
         if self.steps > self.begun:
             last = self.program.words[-WORDS:].tolist()
-            ahead = {
-                3: weight.element_size() * inner * last[4],
-                4: out - last[4],
-                6: 4 * last[4],
-            }  # addresses, and how many outputs
+            size = weight.element_size() * inner
+            ahead = {3: size * last[4], 4: out - last[4], 6: 4 * last[4]}  # addresses, and how many outputs
             if [n - ahead.get(i, 0) for i, n in enumerate(new)] == last[: len(new)]:
                 self.program.words[4 - WORDS] += out
                 return
