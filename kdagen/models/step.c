@@ -279,11 +279,11 @@ int64_t step_attend(const Word *w, const Run *run) {
 
 /* -- experts */
 
-/* The greatest of n, by number; it is taken. */
+/* The greatest of n, or what is not a number, by its place; it is taken. */
 static int64_t take_best(float *x, int64_t n) {
     int64_t best = 0;
     for (int64_t i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
+        if (!(x[i] <= x[best])) best = i;
     x[best] = -INFINITY;
     return best;
 }
@@ -323,11 +323,12 @@ int64_t step_choose(const Word *w, const Run *run) {
 /* Words: x, step, weights of all, experts, chosen, weights, k, size, inner, beta, beta of u, y, step, room, owners */
 int64_t step_experts(const Word *w, const Run *run) {
     const int64_t *table = w[2].cell, *chosen = w[4].cell, experts = w[3].n, k = w[6].n, size = w[7].n, inner = w[8].n;
-    float *rows = w[13].x, *g = rows + run->rows * size, *u = g + run->rows * inner, *out = u + run->rows * inner;
+    const int64_t most = run->rows * k;
+    float *rows = w[13].x, *g = rows + most * size, *u = g + most * inner, *out = u + most * inner;
     int64_t *owner = w[14].cell;
     for (int64_t e = 0; e < experts; e++) {
         int64_t count = 0;
-        for (int64_t i = 0; i < run->rows * k; i++)
+        for (int64_t i = 0; i < most; i++)
             if (chosen[i] == e) {
                 memcpy(rows + count * size, w[0].x + i / k * w[1].n, size * sizeof(float));
                 owner[count++] = i;

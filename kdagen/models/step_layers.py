@@ -229,7 +229,7 @@ class Layers(Writer):
         chosen = self.choose(router, x, weights)
         experts = self.child(m, "experts", nn.ModuleList)
         table = self.integers(address(x) for e in range(c.num_experts) for x in self.expert(experts, e, size, inner))
-        room, owners = self.room("experts", 2 * (size + inner)), self.integers([0] * self.rows * k)
+        room, owners = self.room("experts", 2 * k * (size + inner)), self.integers([0] * self.rows * k)
         sizes = k, size, inner, *self.betas(experts[0])
         self.step("experts", *at(x), table, c.num_experts, chosen, weights, *sizes, *at(self.h), room, owners)
         if self.seen.entry(m._modules, "shared_experts") is not None:

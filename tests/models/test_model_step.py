@@ -335,6 +335,11 @@ def test_numbers_that_are_not_finite():
     other.layers[1].state.fill_(3e38)
     small(TOKENS[:2, :1], cache=other)
     assert whole(small)
+    full = model(**KINDS["groups"], linear={"ratio": 0})  # nothing refuses: not a number it stays
+    cache = caches(full, 2)[0]
+    full.model.embed_tokens.weight[TOKENS[0, 30]] = float("nan")
+    found = full(TOKENS[:2, 30:31], cache=cache)
+    assert found[0].isnan().all() and found[1].isfinite().all() and whole(full)
 
 
 def test_copies_of_a_model():
