@@ -9,7 +9,7 @@ typedef union { int64_t n; double f; float *x; int64_t *cell; void *p; } Word;
 typedef struct { int64_t rows, threads; } Run;
 typedef int64_t (*Function)(const Word *w, const Run *run); /* 0 if all is well */
 enum { WORDS = 18, FEW = 4, BLOCK = 64 };
-#define MUCH (1 << 20) /* multiplications, from which on threads share a product */
+#define MUCH (1 << 21) /* multiplications, 100 us of them: from which on another thread is worth waking */
 #define PRAGMA(text) _Pragma(#text)
 #define SHARED(work) PRAGMA(omp parallel for num_threads(run->threads) if (run->threads > 1 && (work) >= MUCH))
 

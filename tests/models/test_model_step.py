@@ -112,8 +112,8 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(monkeypatch):
     small, text = model(**KINDS["groups"]), step.text()
     expected = decoded(small, caches(small, 3)[0])
     assert torch.equal(expected, decoded(small, caches(small, 3)[0]))
-    assert "#define MUCH (1 << 20)" in text
-    monkeypatch.setattr(step, "text", lambda: text.replace("(1 << 20)", "1"))
+    assert "#define MUCH (1 << 21)" in text
+    monkeypatch.setattr(step, "text", lambda: text.replace("(1 << 21)", "1"))
     monkeypatch.setattr(step, "library", functools.cache(step.library.__wrapped__))
     small.model.steps.programs.clear()
     cache = caches(small, 3)[0]
