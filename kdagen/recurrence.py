@@ -35,6 +35,10 @@ class Recurrence:
     body: object = field(repr=False)
     scope: dict = field(repr=False)
 
+    def __deepcopy__(self, memo) -> Recurrence:
+        """A model that is copied shares its recurrences: they do not change."""
+        return self
+
     @property
     def arguments(self):
         """Names, axes and bounds of the inputs (kdagen.ir.canonical.Argument), inferred where not annotated."""

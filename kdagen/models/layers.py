@@ -37,9 +37,11 @@ class Packed:
     def modules(self) -> list | None:
         """The children, if all are plain ones that nobody has hooked."""
         found = [self.children[name] for name in self.names]
-        return (
-            None if any(type(m) is not self.kind or m._forward_hooks or m._forward_pre_hooks for m in found) else found
-        )
+        return found if all(map(self._plain, found)) else None
+
+    def _plain(self, child) -> bool:
+        changed = child._forward_hooks, child._forward_pre_hooks, "forward" in vars(child)
+        return type(child) is self.kind and not any(changed) and child._parameters.get("bias") is None
 
     @torch.no_grad()
     def pack(self) -> None:
@@ -57,12 +59,6 @@ class Packed:
             return None
         found = self.modules()
         return self.whole if found and [m.weight.data_ptr() for m in found] == self.places else None
-
-    def together(self, x):
-        """All linear maps of x, one behind another."""
-        if (weight := self.weight()) is not None:
-            return F.linear(x, weight)
-        return torch.cat([self.children[name](x) for name in self.names], -1)
 
     def split(self, x) -> tuple:
         """Each of the linear maps of x."""

@@ -9,7 +9,7 @@ typedef union { int64_t n; double f; float *x; int64_t *cell; void *p; } Word;
 typedef struct { int64_t rows, threads; } Run;
 typedef int64_t (*Function)(const Word *w, const Run *run); /* 0 if all is well */
 enum { WORDS = 18, FEW = 4, BLOCK = 64 };
-#define MUCH (1 << 18) /* multiplications, from which on threads share a product */
+#define MUCH (1 << 21) /* multiplications, 100 us of them: from which on another thread is worth waking */
 #define PRAGMA(text) _Pragma(#text)
 #define SHARED(work) PRAGMA(omp parallel for num_threads(run->threads) if (run->threads > 1 && (work) >= MUCH))
 
@@ -87,12 +87,14 @@ static void product(const Run *run, int64_t rows, const float *x, int64_t xs, co
     }
 }
 
+/* Words: x, step, W, out, in, y, step, whether to add */
 int64_t step_product(const Word *w, const Run *run) {
     product(run, run->rows, w[0].x, w[1].n, w[2].x, w[3].n, w[4].n, w[5].x, w[6].n, w[7].n);
     return 0;
 }
 
-/* y = W^T x of each head, and behind it what is behind x; a head's W [out, in] stands `Ws` floats behind the last one's */
+/* y = W^T x of each head, and behind it what is behind x; a head's W [out, in] is Ws weights behind the last one's */
+/* Words: x, step, step of heads, W, Ws, heads, out, in, y, step, step of heads, how much is behind x */
 int64_t step_transposed(const Word *w, const Run *run) {
     const float *x = w[0].x, *W = w[3].x;
     const int64_t xs = w[1].n, xh = w[2].n, Ws = w[4].n, heads = w[5].n, out = w[6].n, in = w[7].n;
@@ -123,6 +125,7 @@ static float scalar(const float *a, const float *b, int64_t n) {
 }
 
 /* y = x / rms(x) * weight, of each of so many parts of a row */
+/* Words: x, step, weight, eps, parts, size, y, step */
 int64_t step_norm(const Word *w, const Run *run) {
     const int64_t parts = w[4].n, size = w[5].n;
     float room[size];
@@ -138,6 +141,7 @@ int64_t step_norm(const Word *w, const Run *run) {
 }
 
 /* y *= sigmoid(x) */
+/* Words: x, step, y, step, size */
 int64_t step_gate(const Word *w, const Run *run) {
     for (int64_t n = 0; n < run->rows; n++) {
         const float *x = w[0].x + n * w[1].n;
@@ -157,6 +161,7 @@ static void activate(float *g, const float *u, int64_t size, float beta, float l
         g[i] = beta * tanhf(g[i] / beta) * sigmoid(g[i]) * (linear ? linear * tanhf(u[i] / linear) : u[i]);
 }
 
+/* Words: g, step, u, step, size, beta, beta of u */
 int64_t step_activate(const Word *w, const Run *run) {
     for (int64_t n = 0; n < run->rows; n++)
         activate(w[0].x + n * w[1].n, w[2].x + n * w[3].n, w[4].n, w[5].f, w[6].f);
@@ -164,6 +169,7 @@ int64_t step_activate(const Word *w, const Run *run) {
 }
 
 /* h = sum_i p_i v_i, p = softmax_i <proj, v_i / rms(v_i) * weight>; `sources` are the addresses of all v */
+/* Words: sources, how many, size, weight, eps, proj, h, room */
 int64_t step_mix(const Word *w, const Run *run) {
     const int64_t *sources = w[0].cell, count = w[1].n, size = w[2].n;
     float *p = w[7].x, *product = p + count, room[2 * size];
@@ -189,6 +195,7 @@ int64_t step_mix(const Word *w, const Run *run) {
 /* -- layers of a recurrence */
 
 /* y = silu(sum over a token and those before it), whose inputs, [width - 1, total] of a sequence, move on */
+/* Words: x, step, weight, channels, width, cell, offset among channels, total, y, step */
 int64_t step_convolve(const Word *w, const Run *run) {
     const int64_t channels = w[3].n, past = w[4].n - 1, offset = w[6].n, total = w[7].n;
     float room[channels * (past + 1)], seen[channels], *kept = (float *)*w[5].cell;
@@ -208,6 +215,7 @@ int64_t step_convolve(const Word *w, const Run *run) {
 }
 
 /* The native loop of an op, on the pool that a cell has now; 1, with nothing written, where a number is not finite. */
+/* Words: loop, its call, the word of the call that is the pool, cell, how */
 int64_t step_recurrence(const Word *w, const Run *run) {
     int64_t (*decode)(const void *, int64_t) = (int64_t(*)(const void *, int64_t))w[0].p;
     (void)run;
@@ -249,6 +257,7 @@ static void attend(const float *latents, int64_t first, int64_t count, int64_t w
 
 /* Of all heads, on a sequence's latents and a new one behind its `past`; a cell has where latents are, the next how
    many floats a sequence has room for. */
+/* Words: query, new, step, cell, past, heads, rank, width, scale, mix */
 int64_t step_attend(const Word *w, const Run *run) {
     const float *query = w[0].x;
     const int64_t *past = w[4].cell, heads = w[5].n, rank = w[6].n, width = w[7].n, groups = (heads + FEW - 1) / FEW;
@@ -270,16 +279,17 @@ int64_t step_attend(const Word *w, const Run *run) {
 
 /* -- experts */
 
-/* The greatest of n, by number; it is taken. */
+/* The greatest of n, or what is not a number, by its place; it is taken. */
 static int64_t take_best(float *x, int64_t n) {
     int64_t best = 0;
     for (int64_t i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
+        if (!(x[i] <= x[best])) best = i;
     x[best] = -INFINITY;
     return best;
 }
 
 /* Sigmoid scores; of the best groups, each as good as its best two, the best k by score + bias; weights by score. */
+/* Words: scores, bias, experts, k, groups, groups kept, whether to renormalise, factor, room, chosen, weights */
 int64_t step_choose(const Word *w, const Run *run) {
     const float *bias = w[1].x;
     const int64_t experts = w[2].n, k = w[3].n, groups = w[4].n, kept = w[5].n, size = experts / groups;
@@ -292,7 +302,8 @@ int64_t step_choose(const Word *w, const Run *run) {
             memcpy(copy, biased, experts * sizeof(float));
             for (int64_t g = 0; g < groups; g++) {
                 group[g] = 0.0f;
-                for (int64_t i = 0; i < least(2, size); i++) group[g] += biased[g * size + take_best(copy + g * size, size)];
+                for (int64_t i = 0; i < least(2, size); i++)
+                    group[g] += biased[g * size + take_best(copy + g * size, size)];
             }
             for (int64_t i = 0; i < kept; i++) take_best(group, groups);
             for (int64_t i = 0; i < experts; i++)
@@ -303,19 +314,21 @@ int64_t step_choose(const Word *w, const Run *run) {
             weights[i] = scores[chosen[i]];
             sum += weights[i];
         }
-        for (int64_t i = 0; i < k; i++) weights[i] = (w[6].n ? weights[i] / (sum + 1e-20f) : weights[i]) * (float)w[7].f;
+        for (int64_t i = 0; i < k; i++) weights[i] = weights[i] / (w[6].n ? sum + 1e-20f : 1.0f) * (float)w[7].f;
     }
     return 0;
 }
 
 /* y += each row's experts, weighted: each expert once, w2(activation(w1 x, w3 x)) of the rows that chose it */
+/* Words: x, step, weights of all, experts, chosen, weights, k, size, inner, beta, beta of u, y, step, room, owners */
 int64_t step_experts(const Word *w, const Run *run) {
     const int64_t *table = w[2].cell, *chosen = w[4].cell, experts = w[3].n, k = w[6].n, size = w[7].n, inner = w[8].n;
-    float *rows = w[13].x, *g = rows + run->rows * size, *u = g + run->rows * inner, *out = u + run->rows * inner;
+    const int64_t most = run->rows * k;
+    float *rows = w[13].x, *g = rows + most * size, *u = g + most * inner, *out = u + most * inner;
     int64_t *owner = w[14].cell;
     for (int64_t e = 0; e < experts; e++) {
         int64_t count = 0;
-        for (int64_t i = 0; i < run->rows * k; i++)
+        for (int64_t i = 0; i < most; i++)
             if (chosen[i] == e) {
                 memcpy(rows + count * size, w[0].x + i / k * w[1].n, size * sizeof(float));
                 owner[count++] = i;

@@ -66,7 +66,7 @@ class Steps:
         if why != self.why:
             self.why = dict(why)
             for what, reason in why.items():
-                log.info("%s decode by torch, which takes several times as long: %s", what, reason)
+                log.info("decoding of %s is by torch, which takes several times as long: %s", what, reason)
 
 
 def fits(h, layout: Layout) -> bool:

@@ -68,7 +68,7 @@ class Layers(Writer):
     def own_layer(self, m, i: int):
         """A part that calls a layer."""
         before = [*self.sources, self.h]
-        if m.block and m.begins_block:
+        if getattr(m, "block", None) and m.begins_block:
             self.begin_block()
         after = self.h
 
@@ -109,7 +109,7 @@ class Layers(Writer):
     def layer(self, decoder, i: int) -> None:
         from kdagen.models.model import Layer
 
-        m = self.child(decoder.layers, str(i), Layer)
+        m = self.child(decoder.layers, str(i), Layer, "it")
         normed, begins = self.room("normed", self.h.shape[1]), m.block and m.begins_block
         x = self.mixed(m, "self_attention_res") if m.block else self.h
         if begins:
@@ -229,7 +229,7 @@ class Layers(Writer):
         chosen = self.choose(router, x, weights)
         experts = self.child(m, "experts", nn.ModuleList)
         table = self.integers(address(x) for e in range(c.num_experts) for x in self.expert(experts, e, size, inner))
-        room, owners = self.room("experts", 2 * (size + inner)), self.integers([0] * self.rows * k)
+        room, owners = self.room("experts", 2 * k * (size + inner)), self.integers([0] * self.rows * k)
         sizes = k, size, inner, *self.betas(experts[0])
         self.step("experts", *at(x), table, c.num_experts, chosen, weights, *sizes, *at(self.h), room, owners)
         if self.seen.entry(m._modules, "shared_experts") is not None:
@@ -253,6 +253,6 @@ class Layers(Writer):
 
     def expert(self, experts, number: int, size: int, inner: int) -> list:
         """The weights of an expert."""
-        m = self.child(experts, str(number), moe.Expert)
+        m = self.child(experts, str(number), moe.Expert, f"expert {number}")
         shapes = {"w1": (inner, size), "w3": (inner, size), "w2": (size, inner)}
         return [self.weight(m, name, *shape) for name, shape in shapes.items()]

@@ -59,9 +59,9 @@ class Writer:
             raise Unlike(f"{name} has hooks")
         return module
 
-    def child(self, parent, name: str, kind: type):
+    def child(self, parent, name: str, kind: type, called: str = ""):
         """A child of a module, if it is plain."""
-        return self.plain(self.seen.entry(parent._modules, name), kind, name)
+        return self.plain(self.seen.entry(parent._modules, name), kind, called or name)
 
     def tensor(self, module, name: str, *shape: int, dtypes: tuple = KEPT):
         """A parameter or buffer of this shape, if it may be read where it is."""
@@ -102,11 +102,8 @@ class Writer:
         new = [self.function("product"), *at(x), address(weight), out, inner, *at(y), add]
         if self.steps > self.begun:
             last = self.program.words[-WORDS:].tolist()
-            ahead = {
-                3: weight.element_size() * inner * last[4],
-                4: out - last[4],
-                6: 4 * last[4],
-            }  # addresses, and how many outputs
+            size = weight.element_size() * inner
+            ahead = {3: size * last[4], 4: out - last[4], 6: 4 * last[4]}  # addresses, and how many outputs
             if [n - ahead.get(i, 0) for i, n in enumerate(new)] == last[: len(new)]:
                 self.program.words[4 - WORDS] += out
                 return

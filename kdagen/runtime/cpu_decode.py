@@ -26,6 +26,7 @@ ON_TORCH = "CPU backend, one token after another on blocks of states"
 _native: ContextVar[bool] = ContextVar("kdagen_native_decoding", default=True)
 
 KINDS = 64  # of calls that are remembered
+SHARED_BYTES = 1 << 20  # of states, which one thread updates in some 100 us: fewer are not worth waking another for
 BLOCK_BYTES = 1 << 22  # of states that are updated at a time: what caches hold; the fastest in benchmarks/cpu_decode.py
 
 

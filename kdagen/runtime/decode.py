@@ -111,13 +111,14 @@ class Decoding:
 
     def prepared(self, given: tuple, out):
         """What the native loop takes for float32 arguments and a pool that stay where they are, and writes into `out`:
-        a cpu_native.Placed; None where torch's operations decode."""
-        from kdagen.runtime.cpu_decode import threads_of
+        a cpu_native.Placed; None where torch's operations decode. Threads share states only where these are large."""
+        from kdagen.runtime.cpu_decode import SHARED_BYTES, threads_of
 
         call, native = decode_call(self.op, given, {}), self.op.step.native
         if not native.fits(call):
             return None
-        return native.prepared(call, out, threads_of(schedule_of(self.op, call, "decode")))
+        large = call.pool.nbytes >= SHARED_BYTES
+        return native.prepared(call, out, threads_of(schedule_of(self.op, call, "decode")) if large else 1)
 
     def _on_cpu(self, call: Decode, remember=lambda table: None):
         from kdagen.runtime import cpu_decode

@@ -1,5 +1,7 @@
 """Any recurrence in place of KDA: all of the zoo, and one of a user's, trained, cached and decoded."""
 
+import copy
+
 import pytest
 import torch
 from small_models import close, config, model, tokens
@@ -33,6 +35,7 @@ def test_of_the_zoo(name):
         cache = small.new_cache(2)
         parts = [small(TOKENS[:, a:b], cache=cache) for a, b in ((0, 30), (30, 31), (31, 32), (32, 40))]
     assert close(torch.cat(parts, 1), expected.detach(), 2e-4 if name == "dplr" else 2e-5)
+    assert torch.equal(copy.deepcopy(small)(TOKENS), expected)
 
 
 def test_first_values():
