@@ -7,7 +7,7 @@ Names are imported when first used. Nothing in the compiler knows this package; 
 | config, config_json, checkpoint, initial | what a model is, and its parameters: read, written, checked, first values |
 | model, layers, mixer, mla, moe, layout | the forward; roles and fused: the layer that a recurrence asks for |
 | cache, generation | what is kept of a sequence, and new tokens; ranks: sequences split over processes |
-| step, step_layers, step_writer, step.c | decoding on the CPU natively, without a word of its own about what layers do |
+| step, step_layers, step_writer, step.c | decoding on the CPU natively: the same layers as a program |
 | asked, tokenizer, session, progress | `kdagen generate` |
 | training/ | the training loop, its folder and processes, synthetic tasks |
 """
