@@ -12,16 +12,12 @@ work on the machine only ever adds. Each run adds a line to benchmarks/results/c
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
-import os
-import platform
 import statistics
 import time
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "cpu_decode.jsonl"
+from records import keep, machine
+
 LAYERS = 12
 TOKENS = 7  # of which each step takes another one, so that states stay as in use: numbers near 0 are slow
 SHAPES = ((8, 32, 128), (1, 32, 128), (32, 32, 128), (8, 12, 128), (8, 32, 64))
@@ -77,22 +73,6 @@ def measure(shape: tuple[int, int, int], rounds: int) -> dict:
     return {n: {"best_ms": min(x), "median_ms": statistics.median(x)} for n, x in times.items()}
 
 
-def machine() -> dict:
-    """What the figures depend on."""
-    from importlib.metadata import version
-
-    import torch
-
-    from kdagen.runtime.tuned import this_cpu
-
-    cpu, cores = this_cpu()
-    return {
-        "cpu": cpu, "cores": cores, "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 1), "python": platform.python_version(),
-        **{name: version(name) for name in ("kdagen", "torch")},
-    }  # fmt: skip
-
-
 def main() -> None:
     import torch
 
@@ -103,7 +83,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    record = {"date": datetime.date.today().isoformat(), **machine(), "layers": LAYERS, "rows": []}
+    record = machine() | {"threads": torch.get_num_threads(), "layers": LAYERS, "rows": []}
     columns = f"{'in place ms':>12}{'copy ms':>9}{'kdagen ms':>11}{'any slots ms':>14}{'on torch ms':>13}"
     print(f"{'B':>3}{'H':>4}{'K=V':>5}  {columns}  ratios")
     for b, h, d in SHAPES:
@@ -113,10 +93,8 @@ def main() -> None:
         record["rows"].append({"B": b, "H": h, "D": d, **found, "ratio": ours / memory, "GB/s": gigabytes})
         times = f"{memory:>12.3f}{copy:>9.3f}{ours:>11.3f}{any_slots:>14.3f}{on_torch:>13.3f}"
         print(f"{b:>3}{h:>4}{d:>5}  {times}  {ours / memory:.2f} (of a copy: {ours / copy:.2f})")
-    if asked.dry:
-        return
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    if not asked.dry:
+        keep("cpu_decode", record)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ line to benchmarks/results/cpu_model.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import tempfile
 import time
 
-from cpu_op import RESULTS, machine
+from records import keep, machine
 
 TINY = {
     "vocab_size": 1024,
@@ -110,7 +108,7 @@ def measure(tokens: int, steps: int, rounds: int, batch: int = 1) -> dict:
     )
     threads = torch.get_num_threads()
     return {
-        "date": datetime.date.today().isoformat(), **machine(), "threads": threads, "shape": shape,
+        **machine("transformers"), "threads": threads, "shape": shape,
         "tokens_per_second": speeds,
     }  # fmt: skip
 
@@ -139,9 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     record = measure(options.tokens, options.steps, options.rounds, options.batch)
     report(record)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "cpu_model.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    keep("cpu_model", record)
 
 
 if __name__ == "__main__":

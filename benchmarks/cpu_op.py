@@ -12,17 +12,14 @@ included. Each run adds a line to benchmarks/results/cpu_op.jsonl, or cpu_backwa
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from records import keep, machine
+
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 MIB = 1024
 
@@ -134,23 +131,6 @@ def fresh_peak_mib(name: str, t: int, backward: bool) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def machine() -> dict:
-    """What the figures depend on."""
-    from importlib.metadata import version
-
-    from kdagen.runtime.tuned import this_cpu
-
-    cpu, cores = this_cpu()
-    versions = {name: version(name) for name in ("kdagen", "torch", "transformers")}
-    load = round(os.getloadavg()[0], 1)
-    return {
-        "cpu": cpu,
-        "cores": cores,
-        "load_before": load,
-        "python": platform.python_version(),
-    } | versions
-
-
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Best and median milliseconds."""
     return {n: {"best_ms": 1e3 * min(t), "median_ms": 1e3 * statistics.median(t)} for n, t in times.items()}
@@ -158,7 +138,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def measure(tokens: int, rounds: int, backward: bool) -> dict:
     """The whole comparison as one record."""
-    record = {"date": datetime.date.today().isoformat(), **machine(), "shape": f"B=1 T={tokens} H=8 K=V=128 float32"}
+    record = {**machine("transformers"), "shape": f"B=1 T={tokens} H=8 K=V=128 float32"}
     record["tokens"] = summary(seconds(["kdagen", "transformers"], tokens, rounds, backward))
     record["peak_mib"] = {name: fresh_peak_mib(name, tokens, backward) for name in ("kdagen", "transformers")}
     if not backward:
@@ -206,9 +186,7 @@ def main() -> None:
         return
     record = measure(options.tokens, options.rounds, options.backward)
     report(record)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / ("cpu_backward.jsonl" if options.backward else "cpu_op.jsonl")).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    keep("cpu_backward" if options.backward else "cpu_op", record)
 
 
 if __name__ == "__main__":

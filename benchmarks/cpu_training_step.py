@@ -12,13 +12,11 @@ each shape to benchmarks/results/cpu_training_step.jsonl.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import tempfile
 import time
 
-from cpu_op import RESULTS, machine
+from records import keep, machine
 
 # The model of `examples/train_synthetic.py --report`, whose hidden size is that of all heads.
 REPORT = {
@@ -135,7 +133,7 @@ def measure(batch: int, tokens: int, rounds: int) -> dict:
             times[name].append(timed(run))
     shape = f"2 layers of {REPORT['hidden_size']}, B={batch}, T={tokens}, float32"
     medians = {name: dict(zip(("wall", "cpu"), map(statistics.median, zip(*x)))) for name, x in times.items()}
-    found = {"date": datetime.date.today().isoformat(), **machine(), "threads": torch.get_num_threads()}
+    found = machine("transformers") | {"threads": torch.get_num_threads()}
     return found | {"shape": shape, "rounds": rounds, "ms": medians}
 
 
@@ -167,9 +165,7 @@ def main() -> None:
     for batch, tokens in [(options.batch, options.tokens)] if options.batch else SHAPES:
         record = measure(batch, tokens, options.rounds)
         report(record)
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / "cpu_training_step.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        keep("cpu_training_step", record)
 
 
 if __name__ == "__main__":

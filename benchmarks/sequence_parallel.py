@@ -11,10 +11,7 @@ given for the rank that sends most. All ranks share one machine: what a network 
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,13 +22,13 @@ import click
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from records import keep, machine
 from rich.console import Console
 from rich.table import Table
 
 import kdagen as kg
 from kdagen.derive.canonical import canonical
 
-RESULTS = Path(__file__).parent / "results" / "sequence_parallel.jsonl"
 OPS = ("kda", "gated_deltanet", "gla", "rwkv7")
 
 
@@ -174,24 +171,21 @@ def show(record: dict) -> None:
 def main(ops: str, ranks: int, share: float, **options) -> None:
     """Measure ops over ranks beside one process; append the record to the results."""
     run = Run(ranks=ranks, share=share or 1 / ranks, ops=tuple(ops.split(",")), **options)
-    load = round(os.getloadavg()[0], 1)
+    here = machine()  # before the ranks are its load
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(on_rank, (run, folder), ranks)
         found = json.loads((Path(folder) / "found.json").read_text())
     shape = f"B=1 T={run.tokens} H={run.heads} K=V=128 float32"
-    here = {"date": datetime.date.today().isoformat(), "cpu": cpu(), "cores": len(os.sched_getaffinity(0))}
-    here |= {"load_before": load, "torch": torch.__version__, "shape": shape}
-    record = here | {"ranks": ranks, "share": run.share, "threads": run.threads, "rounds": run.rounds, "ops": found}
+    record = here | {
+        "shape": shape,
+        "ranks": ranks,
+        "share": run.share,
+        "threads": run.threads,
+        "rounds": run.rounds,
+        "ops": found,
+    }
     show(record)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def cpu() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.processor())
+    keep("sequence_parallel", record)
 
 
 if __name__ == "__main__":

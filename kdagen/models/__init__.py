@@ -14,7 +14,7 @@ Names are imported when first used. Nothing in the compiler knows this package; 
 
 from __future__ import annotations
 
-import importlib
+from kdagen.lazy import attributes
 
 _WHERE = {
     "Config": "config",
@@ -26,13 +26,4 @@ _WHERE = {
 }
 
 __all__ = list(_WHERE)
-
-
-def __getattr__(name):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'kdagen.models' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"kdagen.models.{_WHERE[name]}"), name)
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attributes(__name__, {name: f"{__name__}.{module}" for name, module in _WHERE.items()})

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kdagen.build import native
+from kdagen.build.native import library as compiled
 from kdagen.errors import KdagenError
 from kdagen.lower.native import FUNCTIONS
 from kdagen.models.cache import Cache
@@ -86,7 +86,7 @@ def text() -> str:
 def library():
     """The operations, compiled at first use; or why they are not."""
     try:
-        found = ctypes.CDLL(str(native.library("step", text())))
+        found = ctypes.CDLL(str(compiled("step", text())))
     except (KdagenError, OSError) as error:
         return str(error)
     found.kdagen_step.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
@@ -128,8 +128,8 @@ class Seen:
 class Program:
     """Steps in memory, the layers that run between them, and where the caches are that they work on."""
 
-    def __init__(self, library, rows: int, layers: int):
-        self.library, self.seen, self.why = library, Seen(), {}
+    def __init__(self, code, rows: int, layers: int):
+        self.code, self.seen, self.why = code, Seen(), {}
         self.words, self.parts, self.kept = array("q"), [], []
         self.recurrences: dict = {}  # by the number of the step: what op.decode is given in its place
         self.expected: list = [None] * layers  # the kind of a layer's state, and the shapes of its tensors
@@ -157,7 +157,7 @@ class Program:
     def native(self, first: int, last: int, layout: Layout, cache: Cache, dtype) -> None:
         """Runs steps. A recurrence that meets what is not finite is left to its op, which tells why it refuses."""
         words, call = self.words.buffer_info()[0], self.call.buffer_info()[0]
-        while (first := self.library.kdagen_step(words, first, last, call)) < last:
+        while (first := self.code.kdagen_step(words, first, last, call)) < last:
             op, given, out, layer = self.recurrences[first]
             out.copy_(op.decode(**given, state_pool=cache.layers[layer].state))
             first += 1

@@ -84,7 +84,7 @@ class Writer:
 
     def function(self, name: str) -> int:
         """The address of an operation."""
-        return ctypes.cast(getattr(self.program.library, f"step_{name}"), ctypes.c_void_p).value
+        return ctypes.cast(getattr(self.program.code, f"step_{name}"), ctypes.c_void_p).value
 
     def step(self, name: str, *words) -> None:
         """Appends an operation: its words are integers, numbers, tensors of which the address is meant."""

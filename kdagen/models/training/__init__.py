@@ -5,7 +5,7 @@ The examples train_synthetic.py and train_bytes.py are programs on it. Names are
 
 from __future__ import annotations
 
-import importlib
+from kdagen.lazy import attributes
 
 _WHERE = {
     "Settings": "settings",
@@ -18,13 +18,4 @@ _WHERE = {
 }
 
 __all__ = list(_WHERE)
-
-
-def __getattr__(name):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'kdagen.models.training' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"kdagen.models.training.{_WHERE[name]}"), name)
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attributes(__name__, {name: f"{__name__}.{module}" for name, module in _WHERE.items()})
